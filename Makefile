@@ -1,0 +1,36 @@
+# `make help` lists the targets. Every target sets up what is missing first; that takes no time once it is there.
+
+SHELL := bash
+.DEFAULT_GOAL := help
+.PHONY: help setup demo ui test lint perf clean
+
+BIN := .venv/bin
+PYTHON ?=
+DATA ?=
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## make .venv with the tested versions (PYTHON=... chooses the interpreter)
+	@PYTHON='$(PYTHON)' infra/setup.sh
+
+demo: setup ## the main job with a table at the end (DATA=folder: on your own records)
+	@$(BIN)/valr demo $(if $(DATA),--data '$(DATA)')
+
+ui: setup ## the pages of Dagster and MLflow
+	@$(BIN)/valr ui
+
+test: setup ## the default tests
+	@$(BIN)/python -m pytest
+
+lint: setup ## ruff and mypy, as before every commit
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+perf: setup ## the speed benchmarks that this machine can run, into perf/results.json
+	@$(BIN)/python -m perf
+
+clean: ## remove caches; artifacts, runs and .venv stay
+	@find . -path ./.venv -prune -o -type d -name __pycache__ -exec rm -rf {} +
+	@rm -rf .pytest_cache .mypy_cache .ruff_cache build dist
