@@ -1,0 +1,54 @@
+"""What a step costs: the formulas against published and counted parameters, and against each other."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests import tiny
+from valr_ops.recipe import cost, recipes
+from valr_ops.recipe.recipe import override
+
+
+@pytest.mark.parametrize(("shape", "published"), [(cost.QWEN_3B, 3_754_622_976), (cost.QWEN_7B, 8_292_166_656)])
+def test_the_published_models_have_their_published_number_of_parameters(shape: cost.Shape, published: int) -> None:
+    assert shape.decoder_parameters + shape.vision_parameters == published
+
+
+def test_the_formula_counts_the_parameters_of_a_real_model() -> None:
+    model, shape = tiny.model(), cost.shape(tiny.recipe())
+    assert shape is not None
+    assert shape.vision_parameters == sum(weight.numel() for weight in model.model.visual.parameters())
+    assert shape.decoder_parameters + shape.vision_parameters == sum(weight.numel() for weight in model.parameters())
+
+
+def test_a_checkpoint_of_which_only_the_path_is_known_has_no_shape() -> None:
+    recipe = override(recipes.tiny(), {"base": {"from_scratch": None, "path": "somewhere"}})
+    assert cost.shape(recipe) is None
+
+
+def test_short_rows_cost_two_flops_a_weight_forward_and_six_in_training() -> None:
+    shape = cost.QWEN_7B
+    weights_in_blocks = shape.decoder_parameters - 2 * shape.vocabulary * shape.hidden
+    assert shape.decoder_flops(1, labelled=0) == pytest.approx(2 * weights_in_blocks, rel=1e-3)
+    step = cost.train_step_flops(shape, records=2, positions=1, labelled=0, patches=0)
+    assert step == 2 * 3 * shape.decoder_flops(1, labelled=0)
+
+
+def test_attention_grows_with_the_square_of_the_row_in_the_decoder_and_less_in_the_windowed_tower() -> None:
+    def curvature(flops: list[int]) -> int:
+        return flops[2] - 2 * flops[1] + flops[0]
+
+    decoder = [cost.QWEN_7B.decoder_flops(length, 0) for length in (1000, 1001, 1002)]
+    tower = [cost.QWEN_7B.vision_flops(patches) for patches in (1000, 1004, 1008)]
+    assert curvature(decoder) == 2 * cost.QWEN_7B.hidden * cost.QWEN_7B.layers * 2
+    assert curvature(tower) == 4 * cost.QWEN_7B.vision_hidden * cost.QWEN_7B.vision_full_layers * 2 * 4 * 4
+
+
+def test_zero_2_splits_gradients_and_state_but_not_the_weights() -> None:
+    stage = recipes.paper().stage2
+    one, four = (cost.training_bytes(cost.QWEN_7B, stage, processes) for processes in (1, 4))
+    weights = 2 * (cost.QWEN_7B.decoder_parameters + cost.QWEN_7B.vision_parameters)
+    assert one == weights + 14 * cost.QWEN_7B.decoder_parameters
+    assert four == weights + 14 * cost.QWEN_7B.decoder_parameters // 4
+    alone = stage.model_copy(update={"engine": "torch"})
+    assert cost.training_bytes(cost.QWEN_7B, alone, 4) == one

@@ -1,0 +1,528 @@
+"""The recipe: one frozen, typed value that says everything about a run.
+
+In: a scale (`tiny`, `small`, `paper`) and overrides such as ``{"stage2.learning_rate": 1e-5}``.
+Out: a validated `Recipe`; `fingerprint` is equal for equal recipes and differs for different ones.
+Always: every field's docstring says where its value comes from, unknown keys are refused with the nearest known
+name, equal recipes iterate their tables in the same order, and nothing here imports more than pydantic, so that
+reading a recipe costs milliseconds.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+"""A name of a source, teacher or variant: it becomes part of folder names, stage names and dotted keys."""
+
+Entry = TypeVar("Entry")
+
+
+def _by_name(table: dict[str, Entry]) -> dict[str, Entry]:
+    return dict(sorted(table.items()))
+
+
+Table = Annotated[dict[Name, Entry], AfterValidator(_by_name)]
+"""Named entries, always in the order of their names, so that the file they were read from can't change a result."""
+
+
+class RecipeError(ValueError):
+    """A recipe that can't be run: the message names the field, the value, what is allowed and the fix."""
+
+
+def _check_pinned(hub_id: str | None, revision: str | None, instead: str) -> None:
+    if hub_id is not None and not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
+        raise ValueError(
+            f"hub_id={hub_id} needs revision, the full commit (40 hexadecimal digits) of the hub repository, "
+            f"not {revision!r}; or set hub_id to null and {instead}"
+        )
+
+
+class _Values(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class SyntheticRecipe(_Values):
+    """The generated scenes that stand in for the six public sources at scale tiny."""
+
+    train_records: PositiveInt = 512
+    """Paper silent; we choose 512 records a format because the tiny model learns the task from them in a minute."""
+    test_records: PositiveInt = 256
+    """Paper silent; we choose 256 because the 95 % interval of a score is then at most 6 points wide on each side."""
+    rows: PositiveInt = 4
+    """Paper silent; we choose 4 rows, hence up to 4 reasoning steps, because that is enough to see several segments."""
+    columns: PositiveInt = 4
+    """Paper silent; we choose 4 columns because 16 image positions hold the scene at one cell a position."""
+    cell_pixels: PositiveInt = 16
+    """Paper silent; we choose 16 px because it is one merged vision token of the tiny model."""
+
+
+class SourceRecipe(_Values):
+    """One source of records."""
+
+    format: Literal["zebra_cot", "visual_cot", "jsonl"]
+    """Paper: section 5 names the data sets; the format is their public on-disk layout, or our own JSONL."""
+    path: str | None = None
+    """Paper silent; a local folder, relative to the project, or empty for scenes drawn by the generator."""
+    limit: PositiveInt | None = None
+    """Paper silent; we choose no limit, so that every record is used."""
+
+
+class DataRecipe(_Values):
+    """From sources to sequences."""
+
+    sources: Table[SourceRecipe] = {}
+    """Paper: section 5 and appendix B name six sources, 450,000 records. A mapping given for it is the whole list."""
+    synthetic: SyntheticRecipe = SyntheticRecipe()
+    """Paper silent; the generator exists so that scale tiny runs the same readers as scale paper."""
+    placement: Literal["every_step", "appendix_b"] = "every_step"
+    """Paper: section 3 puts a segment before every step; appendix B narrows it for each kind of record."""
+    validation_fraction: Fraction = 0.05
+    """Paper silent; we choose 5 %, split by image, because a run without held-out loss can't show over-fitting."""
+    max_steps: PositiveInt = 64
+    """Paper silent; we choose 64 because longer chains in the public sources are parsing accidents."""
+    max_length: PositiveInt = 8192
+    """Paper silent; we choose 8192 positions, image tokens and slots included, because 32 video frames fit."""
+    reserved_slots: PositiveInt = 25
+    """Paper: table 12 goes up to 25 slots; the length limit leaves room for them, so all cells see the same data."""
+    min_image_side: PositiveInt = 8
+    """Paper silent; we choose 8 px because below it a crop shows nothing."""
+    max_image_pixels: PositiveInt = 40_000_000
+    """Paper silent; we choose 40 megapixels as the bound against decompression bombs."""
+    min_kept_fraction: Fraction = 0.5
+    """Paper silent; a source that loses more than half of its records stops the run: then the reader is wrong."""
+
+
+class TinyModelRecipe(_Values):
+    """Widths of the from-scratch Qwen2.5-VL of transformers' own classes, for scale tiny."""
+
+    hidden_size: PositiveInt = 128
+    """Paper silent; 1 M parameters learn the synthetic task on one CPU core."""
+    layers: PositiveInt = 4
+    """Paper silent; 4 blocks leave a middle block to align."""
+    attention_heads: PositiveInt = 4
+    """Paper silent; head width 32."""
+    key_value_heads: PositiveInt = 2
+    """Paper silent; grouped-query attention as in the large model."""
+    intermediate_size: PositiveInt = 256
+    """Paper silent; twice the width."""
+    vision_hidden_size: PositiveInt = 64
+    """Paper silent; half the decoder's width."""
+    vision_layers: PositiveInt = 2
+    """Paper silent; enough to tell shapes and colours."""
+    vision_patch_size: PositiveInt = 8
+    """Paper silent; with merge 2 one image position covers 16 px, one cell of a synthetic scene."""
+    vocabulary_size: PositiveInt = 1024
+    """Paper silent; the tokenizer is trained on the corpus itself."""
+    rope_theta: PositiveFloat = 1000.0
+    """Paper silent; 300 updates read .97 of held-out cells with base 1000 and .84 with base 10, which leaves no
+    frequency slow enough to look a row up by content at every distance."""
+    tower_pretraining_steps: int = Field(default=200, ge=0)
+    """Paper silent; a stand-in for Qwen's pretrained vision tower: without it nothing is learned from images."""
+
+
+class BaseModelRecipe(_Values):
+    """The model that stage 1 starts from."""
+
+    path: str | None = None
+    """Paper silent; a local folder with a Qwen2.5-VL checkpoint in Hugging Face form, instead of the hub."""
+    hub_id: str | None = None
+    """Paper: section 4 starts from Qwen2.5-VL-7B. Needs `revision`; downloaded only when `base_model` runs."""
+    revision: str | None = None
+    """Paper silent; the full commit of the hub repository, so that the weights can't change under a run."""
+    from_scratch: TinyModelRecipe | None = None
+    """Paper silent; widths for a model made on the spot, only for scale tiny."""
+    min_pixels: PositiveInt = 256
+    """Paper silent; the processor's lower bound on the pixels of an image."""
+    max_pixels: PositiveInt = 1_003_520
+    """Paper silent; we choose 1280 merged patches of 28 px, the upper bound Qwen recommends."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> BaseModelRecipe:
+        origins = {"path": self.path, "hub_id": self.hub_id, "from_scratch": self.from_scratch}
+        given = [name for name, value in origins.items() if value is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"exactly one of path, hub_id and from_scratch must be set, not {' and '.join(given) or 'none'}; "
+                "give one and set the others to null"
+            )
+        _check_pinned(self.hub_id, self.revision, "path to a local folder")
+        return self
+
+
+class LatentRecipe(_Values):
+    """Latent segments."""
+
+    slots: PositiveInt = 16
+    """Paper: table 12 and section 4, K = 16."""
+    control_tokens: Literal["outside", "inside"] = "outside"
+    """Paper ambiguous (section 3 counts the control tokens in K, section 4 says K latent steps); we choose outside."""
+    supervise_close: bool = False
+    """Paper silent; `</latent>` is forced after K slots at generation, so learning to predict it is left out."""
+    feedback_gradient: str = Field(default="full", pattern=r"^(full|cut|hops:[1-9][0-9]*)$")
+    """Paper silent; we choose the full gradient through the fed-back states, the one that needs no argument."""
+    method: Literal["sequential", "reference"] = "sequential"
+    """Paper silent; `reference` re-runs the growing prefix for every slot and exists for tests."""
+
+    @model_validator(mode="after")
+    def _inside_needs_room(self) -> LatentRecipe:
+        if self.control_tokens == "inside" and self.slots < 3:
+            raise ValueError(f"slots={self.slots} leaves no slot between the control tokens; set slots to 3 or more")
+        return self
+
+    @property
+    def fed_slots(self) -> int:
+        """Number of positions a segment really feeds back: K, or K - 2 where the control tokens count."""
+        return self.slots if self.control_tokens == "outside" else self.slots - 2
+
+
+class AlignmentRecipe(_Values):
+    """REPA: latents pulled towards patch features of frozen teachers."""
+
+    teachers: tuple[str, ...] = ("dinov3",)
+    """Paper: section 4, VaLR-S aligns to DINOv3 and VaLR-M to DINOv3, SigLIP2 and pi3; names of `teachers`."""
+    weight: float = Field(default=0.5, ge=0.0)
+    """Paper: table 7, lambda = 0.5; 0 is the arm without alignment."""
+    block: int = Field(default=12, ge=0)
+    """Paper: table 6, block 12 of 28; we count from zero and take the block's raw output."""
+    upsample: Literal["bilinear", "bicubic", "nearest", "linear_1d"] = "bilinear"
+    """Paper silent on the mode; we choose bilinear on the sqrt(K) grid; `linear_1d` is for K that is no square."""
+    projector_width: PositiveInt = 2048
+    """Paper: section 3 says an MLP; width and depth (three linear layers, SiLU) follow REPA."""
+
+    @model_validator(mode="after")
+    def _teachers_make_sense(self) -> AlignmentRecipe:
+        if len(set(self.teachers)) != len(self.teachers):
+            raise ValueError(f"teachers={list(self.teachers)} names one twice; name each teacher once")
+        if self.weight > 0 and not self.teachers:
+            raise ValueError(f"weight={self.weight} but teachers is empty; name a teacher or set weight to 0")
+        return self
+
+
+class TeacherRecipe(_Values):
+    """One frozen vision encoder."""
+
+    architecture: Literal["timm", "pi3"]
+    """Paper: section 4 names the encoders; the library that builds the class."""
+    model: str
+    """Paper: "all ViT-L"; the timm name of the class (for pi3, of its image encoder)."""
+    arguments: dict[str, Any] = {}
+    """Paper silent; keyword arguments of the class, used for the tiny widths."""
+    weights: str | None = None
+    """Paper silent; a local safetensors file. Empty at scale tiny, where the teacher is trained on drawn scenes."""
+    hub_id: str | None = None
+    """Paper silent; a hub repository instead of a file. Needs `revision`."""
+    revision: str | None = None
+    """Paper silent; the full commit of the hub repository."""
+    pretraining_steps: int = Field(default=0, ge=0)
+    """Paper silent; steps on drawn scenes for a teacher without weights, only for scale tiny."""
+    image_pixels: PositiveInt = 256
+    """Paper silent; we choose the native size. The image is squashed to a square, the same for every teacher."""
+    license: str = "unknown"
+    """Paper silent; carried with the features and into the model card."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> TeacherRecipe:
+        if self.weights is not None and self.hub_id is not None:
+            raise ValueError("weights and hub_id are both set; keep one and set the other to null")
+        _check_pinned(self.hub_id, self.revision, "weights to a local file")
+        return self
+
+
+class TrainingRecipe(_Values):
+    """One training stage."""
+
+    learning_rate: PositiveFloat
+    """Paper: table 7, 1e-5 in stage 1 and 2e-6 in stage 2."""
+    projector_learning_rate: PositiveFloat = 1e-5
+    """Paper: table 7, stage 2."""
+    epochs: PositiveFloat = 1.0
+    """Paper: table 7."""
+    max_updates: PositiveInt | None = None
+    """Paper silent; an upper bound on optimizer updates, for trials."""
+    records: PositiveInt | None = None
+    """Paper: figure 3, only so many training records, repeated up to the number of updates that all would give."""
+    micro_batch: PositiveInt = 2
+    """Paper: table 7, records on a GPU at a time."""
+    accumulation: PositiveInt = 16
+    """Paper: table 7, micro-batches in an update."""
+    weight_decay: float = Field(default=0.01, ge=0.0)
+    """Paper: table 7."""
+    warmup_fraction: Fraction = 0.03
+    """Paper: table 7."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Paper silent on the decay; we choose cosine to zero."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """Paper silent; AdamW's defaults."""
+    max_gradient_norm: PositiveFloat = 1.0
+    """Paper silent; we choose 1.0, the usual bound."""
+    engine: Literal["torch", "deepspeed"] = "torch"
+    """Paper: table 7 uses DeepSpeed ZeRO-2; `torch` is the same loop in one process."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Paper silent; bfloat16 on GPUs, float32 on the CPU."""
+    checkpoint_every: PositiveInt = 100
+    """Paper silent; updates between two checkpoints from which a killed run goes on."""
+    log_every: PositiveInt = 1
+    """Paper silent; updates between two lines of the training log."""
+
+
+class EvaluationRecipe(_Values):
+    """How answers are generated and scored."""
+
+    batch_size: PositiveInt = 64
+    """Paper silent; rows decoded together."""
+    max_new_tokens: PositiveInt = 256
+    """Paper silent; text tokens and control tokens, slots not counted."""
+    max_segments: PositiveInt = 64
+    """Paper silent; bound on latent segments in one answer."""
+    force_first_latent: bool = False
+    """Paper silent; the model has to open its first segment by itself, and the trigger rate is reported."""
+    limit: PositiveInt | None = None
+    """Paper silent; the first items only, for trials."""
+    confidence: Fraction = 0.95
+    """Paper silent; level of every interval."""
+
+
+class RuntimeRecipe(_Values):
+    """Where it runs; part of the recipe because it can change the last bits of a result."""
+
+    threads: PositiveInt = 1
+    """Paper silent; one thread because single-position steps are slower with two."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Paper: table 7, A100 GPUs."""
+    processes: PositiveInt = 1
+    """Paper: table 7, 4 GPUs."""
+
+
+class Variant(_Values):
+    """What one model of the paper's tables changes; empty fields keep the recipe's value."""
+
+    teachers: tuple[str, ...] | None = None
+    """Paper: tables 3, 4, 5 and 9."""
+    weight: float | None = Field(default=None, ge=0.0)
+    """Paper: tables 3 and 11."""
+    block: int | None = Field(default=None, ge=0)
+    """Paper: table 6."""
+    slots: PositiveInt | None = None
+    """Paper: table 12."""
+    records: PositiveInt | None = None
+    """Paper: figure 3, training records of stage 2 at a fixed number of updates."""
+
+
+class Recipe(_Values):
+    """Everything about a run."""
+
+    scale: Literal["tiny", "small", "paper"]
+    """Paper: 7B on 4 A100 is scale paper; tiny runs on two CPU cores, small on one GPU."""
+    seed: int = Field(default=0, ge=0)
+    """Paper silent; one seed for weights, order and sampling."""
+    data: DataRecipe
+    """Paper: section 5."""
+    base: BaseModelRecipe
+    """Paper: section 4."""
+    latents: LatentRecipe = LatentRecipe()
+    """Paper: section 3."""
+    alignment: AlignmentRecipe = AlignmentRecipe()
+    """Paper: section 3."""
+    teachers: Table[TeacherRecipe]
+    """Paper: section 4."""
+    stage1: TrainingRecipe
+    """Paper: table 7."""
+    stage2: TrainingRecipe
+    """Paper: table 7."""
+    evaluation: EvaluationRecipe = EvaluationRecipe()
+    """Paper: section 4."""
+    runtime: RuntimeRecipe = RuntimeRecipe()
+    """Paper: table 7."""
+    variants: Table[Variant] = {}
+    """Paper: tables 3 to 6, 9, 11, 12 and figure 3, one entry a trained model."""
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Recipe:
+        self._check_teachers("alignment.teachers", self.alignment.teachers)
+        self._check_block("alignment.block", self.alignment.block)
+        for name, variant in self.variants.items():
+            self._check_teachers(f"variants.{name}.teachers", variant.teachers or ())
+            self._check_block(f"variants.{name}.block", variant.block or 0)
+        fed = self.latents.fed_slots
+        if self.alignment.upsample != "linear_1d" and math.isqrt(fed) ** 2 != fed:
+            raise ValueError(
+                f"latents.slots={self.latents.slots} with control_tokens={self.latents.control_tokens} feeds {fed} "
+                "slots, which make no square grid; choose 1, 4, 9, 16, 25 ... or set alignment.upsample to linear_1d"
+            )
+        return self
+
+    def _check_teachers(self, where: str, names: Iterable[str]) -> None:
+        for name in names:
+            if name not in self.teachers:
+                raise ValueError(f"{where} names {name!r}, which is not in teachers{_nearest(name, self.teachers)}")
+
+    def _check_block(self, where: str, block: int) -> None:
+        if self.base.from_scratch and block >= self.base.from_scratch.layers:
+            last = self.base.from_scratch.layers - 1
+            raise ValueError(
+                f"{where}={block} but this model has blocks 0..{last}; "
+                f"set it to {round(last * 12 / 27)} (paper, table 6: block 12 of 0..27)"
+            )
+
+    def for_variant(self, name: str) -> Recipe:
+        """The recipe of one model of the paper's tables, e.g. ``recipe.for_variant("valr_m")``.
+
+        Raises:
+            RecipeError: no such variant, or one that does not go with the rest of the recipe.
+        """
+        if name not in self.variants:
+            raise RecipeError(f"there is no variant {name!r} at scale {self.scale}{_nearest(name, self.variants)}")
+        variant = self.variants[name]
+        changes = {
+            "alignment.teachers": variant.teachers,
+            "alignment.weight": variant.weight,
+            "alignment.block": variant.block,
+            "latents.slots": variant.slots,
+            "stage2.records": variant.records,
+        }
+        try:
+            return override(self, {key: value for key, value in changes.items() if value is not None})
+        except RecipeError as error:
+            raise RecipeError(f"variants.{name}: {error}") from None
+
+    @property
+    def fingerprint(self) -> str:
+        """Twelve hexadecimal digits, equal for equal recipes."""
+        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    """A copy of `recipe` with some fields replaced, e.g. ``{"stage2.learning_rate": 1e-5}``.
+
+    Keys may be dotted, nested, or both. Tables are merged, so that one field of one teacher can change; only
+    ``data.sources`` given as a mapping is the whole list, because a corpus is what is listed.
+
+    Raises:
+        RecipeError: an unknown key (with the nearest known one) or a value the field refuses.
+    """
+    values = recipe.model_dump(mode="json")
+    _merge(values, changes)
+    return _validated(values)
+
+
+def read(values: Mapping[str, Any]) -> Recipe:
+    """The recipe from a plain mapping, as `Recipe.model_dump` wrote it. Raises `RecipeError`."""
+    return _validated(dict(values))
+
+
+def assumptions(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
+    """Every field of a recipe: (dotted name, value as JSON, where the value comes from)."""
+    yield from _walk(recipe, "")
+
+
+def _walk(model: BaseModel, prefix: str) -> Iterator[tuple[str, str, str]]:
+    for name, field in type(model).model_fields.items():
+        value = getattr(model, name)
+        if isinstance(model, Variant) and value is None:
+            continue
+        if isinstance(value, BaseModel):
+            yield from _walk(value, f"{prefix}{name}.")
+        elif isinstance(value, dict) and value and all(isinstance(entry, BaseModel) for entry in value.values()):
+            for key, entry in value.items():
+                yield from _walk(entry, f"{prefix}{name}.{key}.")
+        else:
+            shown = value if isinstance(value, str) else json.dumps(value, default=list)
+            yield f"{prefix}{name}", shown, " ".join((field.description or "").split())
+
+
+def _merge(values: dict[str, Any], changes: Mapping[str, Any], above: str = "") -> None:
+    for key, value in changes.items():
+        name, _, rest = str(key).partition(".")
+        if rest:
+            value = {rest: value}
+        replaces = f"{above}{name}" == "data.sources" and not rest
+        if isinstance(value, Mapping) and not replaces:
+            if not isinstance(values.get(name), dict):
+                values[name] = {}
+            _merge(values[name], value, f"{above}{name}.")
+        else:
+            values[name] = value
+
+
+def _validated(values: dict[str, Any]) -> Recipe:
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError("\n".join(_explain(problem) for problem in error.errors())) from None
+
+
+def _explain(problem: Any) -> str:
+    location: tuple[Any, ...] = problem["loc"]
+    where = ".".join(str(part) for part in location)
+    if problem["type"] == "extra_forbidden":
+        name = str(location[-1])
+        same_name = [field for field in _all_fields(Recipe) if field.endswith(f".{name}")]
+        hint = f"; did you mean {' or '.join(same_name)}?" if same_name else None
+        return f"{where}: there is no such field{hint or _nearest(name, _model_at(location[:-1]).model_fields)}"
+    if problem["type"] == "missing":
+        above = ".".join(str(part) for part in location[:-1])
+        return f"{where}: this field has no default; give it a value" + (
+            f", or check the spelling of {above}" * bool(above)
+        )
+    if problem["type"] == "string_pattern_mismatch" and location[-1] == "[key]":
+        return f"{'.'.join(location[:-2])}: {problem['input']!r} is no name; use letters, digits, - and _"
+    if problem["type"] == "model_type":
+        return (
+            f"{where}: holds fields, not a value; give one, e.g. {where}.{_first_field(location)}, or remove the line"
+        )
+    if isinstance(problem["input"], dict) and problem["type"] != "value_error":
+        return f"{where}: is a single value, it has no fields below it"
+    message = problem["msg"].removeprefix("Value error, ")
+    given = "" if isinstance(problem["input"], Mapping | BaseModel) else f" (given: {problem['input']!r})"
+    return f"{where}: {message}{given}" if where else f"{message}{given}"
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    names = list(known)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(names) or 'none'}"
+
+
+def _model_inside(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_model_inside, get_args(annotation))), None)
+
+
+def _model_at(location: Sequence[Any]) -> type[BaseModel]:
+    model: type[BaseModel] = Recipe
+    entry_of_table = False
+    for part in location:
+        if entry_of_table:
+            entry_of_table = False
+            continue
+        annotation = model.model_fields[part].annotation
+        entry_of_table = get_origin(annotation) is dict
+        model = _model_inside(annotation) or model
+    return model
+
+
+def _first_field(location: Sequence[Any]) -> str:
+    return next(iter(_model_at(location).model_fields))
+
+
+def _all_fields(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        below = None if get_origin(field.annotation) is dict else _model_inside(field.annotation)
+        if below:
+            yield from _all_fields(below, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
