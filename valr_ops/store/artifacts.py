@@ -1,0 +1,293 @@
+"""Artifacts: what a stage is given, what it gives back, and how its folder becomes a version.
+
+In: a staged folder that a stage function filled. Out: ``artifacts/<stage>/`` with a ``manifest.json``, published by a
+rename, recorded in dvc.lock under the digest that DVC computes. Always: readers see the old artifact, the new one or
+none, never half of one; DVC alone decides what an artifact is and whether it is up to date.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from valr_ops.recipe.recipe import Recipe
+from valr_ops.store.progress import Progress
+
+if TYPE_CHECKING:
+    from dvc.repo import Repo
+
+
+class ArtifactError(RuntimeError):
+    """An artifact that is missing, edited, out of date or refused; the message ends with the command that mends it."""
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """Everything a stage function may look at."""
+
+    stage: str
+    """Name of the stage."""
+    recipe: Recipe
+    """The recipe, with the stage's variant already applied."""
+    inputs: Mapping[str, Path]
+    """Folder of each input artifact, by stage name. Read only."""
+    out: Path
+    """An empty folder to write the artifact into. It is published by a rename after the function returned."""
+    work: Path
+    """A folder that survives a kill, for checkpoints from which the next run of the same stage goes on."""
+    progress: Progress
+    """Bars, lines, metrics."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """The outcome of one blocking expectation on the staged artifact."""
+
+    name: str
+    passed: bool
+    detail: str
+    """One sentence; for a failure what is wrong, where, and what to do."""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """Failing rows and figures, JSON values only."""
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """What a stage function returns beside the files it wrote."""
+
+    summary: Mapping[str, int | float | str]
+    """Counts and scores: on the asset, in manifest.json and as MLflow metrics. Deterministic: no clocks in here."""
+    tables: Mapping[str, str] = field(default_factory=dict)
+    """Markdown tables by title, previews for people."""
+    plots: tuple[str, ...] = ()
+    """PNG files, relative to the artifact."""
+    checks: tuple[Check, ...] = ()
+    """All of the stage's blocking expectations; one that did not pass keeps the artifact from being published."""
+    timings: Mapping[str, float] = field(default_factory=dict)
+    """Seconds and rates: to MLflow and the asset, never into the artifact."""
+    report: str | None = None
+    """HTML page inside the artifact, if there is one."""
+
+
+def project_root(start: Path | None = None) -> Path:
+    """The folder with dvc.yaml at or above `start` (default: the working directory), else the checkout of this package.
+
+    Raises:
+        ArtifactError: neither has a dvc.yaml.
+    """
+    here = (start or Path.cwd()).resolve()
+    for folder in (here, *here.parents, Path(__file__).resolve().parents[2]):
+        if (folder / "dvc.yaml").is_file() and (folder / "params.yaml").is_file():
+            return folder
+    raise ArtifactError(f"no dvc.yaml with a params.yaml at or above {here}; run the command inside the project folder")
+
+
+def folder(root: Path, stage: str) -> Path:
+    """Where the artifact of `stage` is, or will be."""
+    return root / "artifacts" / stage
+
+
+def directory_digest(path: Path) -> str:
+    """The digest that DVC gives to a folder: MD5 of the sorted (md5, relpath) list of its files, with ``.dir`` behind.
+
+    Computed here so that a process without DVC (a pod) can report it; a test holds it against DVC's.
+    """
+    entries = []
+    for file in path.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as stream:
+                digest = hashlib.file_digest(stream, "md5").hexdigest()
+            entries.append({"md5": digest, "relpath": file.relative_to(path).as_posix()})
+    entries.sort(key=lambda entry: tuple(entry["relpath"].split("/")))
+    return hashlib.md5(json.dumps(entries, sort_keys=True).encode()).hexdigest() + ".dir"
+
+
+def write_manifest(staged: Path, stage: str, report: StageReport) -> None:
+    """Add ``manifest.json``: what the artifact is, its counts, its checks and its files. No clocks, no host names."""
+    files = {
+        file.relative_to(staged).as_posix(): file.stat().st_size for file in sorted(staged.rglob("*")) if file.is_file()
+    }
+    manifest = {
+        "stage": stage,
+        "summary": dict(report.summary),
+        "tables": dict(report.tables),
+        "plots": list(report.plots),
+        "report": report.report,
+        "checks": [{"name": check.name, "passed": check.passed, "detail": check.detail} for check in report.checks],
+        "files": files,
+    }
+    (staged / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def read_manifest(artifact: Path) -> dict[str, Any]:
+    """The manifest of a published artifact.
+
+    Raises:
+        ArtifactError: there is none, or it can't be read.
+    """
+    try:
+        manifest: dict[str, Any] = json.loads((artifact / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(
+            f"{artifact.name} has no readable manifest.json ({error}); make it again: valr run {artifact.name} --force"
+        ) from None
+    return manifest
+
+
+def publish(staged: Path, final: Path, trash: Path) -> None:
+    """Move a complete staged folder to its final place; an older version is moved aside first and then deleted.
+
+    Every file is flushed to disk before the rename, so that a power cut leaves the old artifact, the new one or none.
+    """
+    for path in [*staged.rglob("*"), staged]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(trash, ignore_errors=True)
+    if final.exists():
+        trash.parent.mkdir(parents=True, exist_ok=True)
+        final.rename(trash)
+    staged.rename(final)
+    shutil.rmtree(trash, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class State:
+    """What DVC knows about one stage's artifact."""
+
+    exists: bool
+    edited: bool
+    """The folder's content is not what was recorded when it was made."""
+    reasons: tuple[str, ...]
+    """What changed since it was made: inputs, code, recipe fields. Empty for an artifact that is up to date."""
+
+    @property
+    def up_to_date(self) -> bool:
+        return self.exists and not self.edited and not self.reasons
+
+
+class Ledger:
+    """DVC seen from a stage: is an artifact up to date, record it, fetch back what an earlier run made."""
+
+    def __init__(self, root: Path) -> None:
+        # 0.2 s, needed by the verbs that touch artifacts only.
+        from dvc.repo import Repo
+
+        logging.getLogger("dvc").setLevel(logging.ERROR)
+        if not (root / ".dvc").is_dir():
+            raise ArtifactError("this folder is not a DVC project yet (no .dvc folder); run: dvc init, or make setup")
+        self.root = root
+        self.repo: Repo = Repo(str(root), _wait_for_lock=True)
+
+    def states(self, stages: Iterable[str]) -> dict[str, State]:
+        """The state of each named stage, from DVC's own comparison of dvc.lock with the files."""
+        names = list(stages)
+        status = self.repo.status(targets=names)
+        recorded = self._lock()
+        return {name: self._state(name, status.get(name, []), recorded.get(name)) for name in names}
+
+    def digest(self, stage: str) -> str | None:
+        """The recorded digest of the stage's artifact."""
+        outs = self._lock().get(stage, {}).get("outs", [])
+        return outs[0].get("md5") if outs else None
+
+    def commit(self, stage: str) -> str:
+        """Record the artifact as it stands on disk, with its inputs, code and parameters; return its digest."""
+        self.repo.commit(target=stage, force=True)
+        digest = self.digest(stage)
+        if digest is None:
+            raise ArtifactError(
+                f"DVC recorded no digest for {stage}; is the stage in dvc.yaml? Run: valr stages --write"
+            )
+        return digest
+
+    def restore(self, stage: str) -> bool:
+        """Bring back what an earlier run made from the same inputs, code and parameters; False if there was none."""
+        from dvc.stage.cache import RunCacheNotFoundError
+
+        try:
+            with self.repo.lock:
+                row = self.repo.stage.get_target(stage)
+                row.save_deps()
+                self.repo.stage_cache.restore(row)
+                row.dump(update_pipeline=False)
+        except RunCacheNotFoundError:
+            return False
+        finally:
+            self.repo._reset()
+        return folder(self.root, stage).is_dir()
+
+    def push(self, stages: Iterable[str]) -> int:
+        """Copy the named artifacts to the default remote; the number of files that were new there."""
+        return int(self.repo.push(targets=list(stages)))
+
+    def has_remote(self) -> bool:
+        """Whether a default remote is configured."""
+        return bool(self.repo.config["core"].get("remote"))
+
+    def _lock(self) -> dict[str, Any]:
+        path = self.root / "dvc.lock"
+        if not path.is_file():
+            return {}
+        return (yaml.load(path.read_text(encoding="utf-8"), Loader=_YamlLoader) or {}).get("stages") or {}
+
+    def _state(self, name: str, changes: list[Any], recorded: Mapping[str, Any] | None) -> State:
+        exists = (folder(self.root, name) / "manifest.json").is_file()
+        if recorded is None:
+            return State(exists=exists, edited=False, reasons=("it was not made yet",))
+        edited, reasons = False, []
+        for change in changes:
+            if change == "always changed":
+                continue
+            if change == "changed command":
+                reasons.append("its command in dvc.yaml changed")
+                continue
+            for path, how in change.get("changed outs", {}).items():
+                edited |= how == "modified"
+                if how == "deleted":
+                    reasons.append(f"{path} was deleted")
+            for path, how in change.get("changed deps", {}).items():
+                reasons += self._reasons(path, how, recorded)
+        return State(exists=exists, edited=edited, reasons=tuple(reasons))
+
+    def _reasons(self, path: str, how: Any, recorded: Mapping[str, Any]) -> list[str]:
+        if isinstance(how, Mapping):
+            before = recorded.get("params", {}).get(path, {})
+            now = yaml.load((self.root / path).read_text(encoding="utf-8"), Loader=_YamlLoader)
+            return [
+                line
+                for key in how
+                for line in _differences(f"recipe field {key}", before.get(key), _at(now, key))
+                or [f"recipe field {key}"]
+            ]
+        if path.startswith("artifacts/"):
+            return [f"input {path.removeprefix('artifacts/')} {'changed' if how == 'modified' else how}"]
+        return [f"{'code' if path.endswith('.py') else 'file'} {path} {'changed' if how == 'modified' else how}"]
+
+
+_YamlLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def _at(values: Any, key: str) -> Any:
+    for part in key.split("."):
+        values = values.get(part) if isinstance(values, Mapping) else None
+    return values
+
+
+def _differences(where: str, before: Any, now: Any) -> list[str]:
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        keys = sorted({*before, *now})
+        return [line for key in keys for line in _differences(f"{where}.{key}", before.get(key), now.get(key))]
+    return [] if before == now else [f"{where}: {json.dumps(before)} -> {json.dumps(now)}"]

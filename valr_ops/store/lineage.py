@@ -1,0 +1,540 @@
+"""Lineage: what was measured while an artifact was made, in MLflow, next to where the artifact came from.
+
+In: a `RunRecord` from the runner. Out: one flat MLflow run named ``stage@digest`` with parameters, metrics and their
+history, plots, and as tags the digests of inputs, code and recipe, the git commit and the Dagster run.
+Always: a record is first spooled to ``.valr/spool`` and leaves it only when the server has all of it, so that a server
+that is away costs nothing but time; one record makes one run however often it is delivered; a tracking problem never
+fails a stage; only fields of the allow-list ``mlflow/fields.yaml`` leave the process. The only importer of mlflow,
+which takes 1.5 s and is therefore imported only to deliver.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+import ssl
+import sys
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from fnmatch import fnmatchcase
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit, urlunsplit
+
+import yaml
+from filelock import FileLock, Timeout
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+EXPERIMENT = "valr_ops"
+FIELDS = Path(__file__).resolve().parents[2] / "mlflow" / "fields.yaml"
+"""The allow-list: part of the code, so that a workspace can't widen it."""
+SERVER_ENV = FIELDS.with_name("server.env")
+LOCAL_PAGES = "http://127.0.0.1:5000"
+"""Where `server_command` serves the pages of the local database unless told otherwise."""
+
+_MAX_SPOOLED_FILE_BYTES = 5_000_000
+_LOCK_SECONDS = 60.0
+_PROBE_SECONDS = 3.0
+_MAX_NOTE_CHARACTERS = 5000
+_METRICS_PER_CALL, _PARAMETERS_PER_CALL = 1000, 100
+_LOG = logging.getLogger(__name__)
+
+
+class LineageError(RuntimeError):
+    """The tracking server or the allow-list can't be used; says which and how to mend it."""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """Everything that is known about one making of one artifact."""
+
+    stage: str
+    """Name of the stage; also its Dagster asset key."""
+    group: str
+    """The stage's group, e.g. ``training``."""
+    output_digest: str
+    """DVC digest of the artifact."""
+    input_digests: Mapping[str, str]
+    """DVC digest of each input artifact, by stage name."""
+    recipe_fingerprint: str
+    git_commit: str
+    code_digest: str
+    parameters: Mapping[str, Any]
+    """Recipe fields that the stage depends on, dotted or nested."""
+    summary: Mapping[str, int | float | str]
+    """Counts and scores, logged under their own names; words become tags ``summary.NAME``."""
+    timings: Mapping[str, float]
+    """Seconds and rates, logged as ``timings/NAME``."""
+    artifact: Path
+    """Folder of the published artifact."""
+    metrics_file: Path | None = None
+    """Metrics of every step as `ShowingProgress` wrote them, logged as ``steps/NAME``."""
+    plots: Sequence[str] = ()
+    """PNG files, relative to the artifact."""
+    tables: Mapping[str, str] = field(default_factory=dict)
+    """Markdown tables by title."""
+    report: str | None = None
+    """HTML page, relative to the artifact."""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    """What charts group by: variant, teachers, ``ablation.group`` and the like."""
+    datasets: Sequence[str] = ()
+    """Which of `input_digests` are data sets (not models); logged as MLflow dataset inputs with their digests."""
+    dagster_run_id: str | None = field(default_factory=lambda: os.environ.get("VALR_DAGSTER_RUN_ID"))
+    ended: float = field(default_factory=time.time)
+    """Seconds since 1970. The begin follows from ``timings["seconds"]``."""
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    """What makes a second delivery of this record find the run of the first."""
+
+    @property
+    def run_name(self) -> str:
+        """``stage@`` and the first ten digits of the artifact's digest."""
+        return f"{self.stage}@{self.output_digest[:10]}"
+
+
+def record(root: Path, run: RunRecord, warn: Callable[[str], None] = _LOG.warning) -> str | None:
+    """Spool `run`, deliver what is spooled, and return the address of its MLflow run; None if that has to wait.
+
+    Raises nothing: what goes wrong is one line to `warn`.
+    """
+    try:
+        spool(run, root)
+    except (OSError, TypeError, ValueError, LineageError) as error:
+        warn(f"the measurements of {run.stage} could not be kept for MLflow: {error}")
+        return None
+    delivered = dict(deliver(root, warn=warn))
+    # Another process may have delivered it while this one waited for its turn.
+    return delivered.get(run.id) or recorded_url(root, run.stage, run.output_digest)
+
+
+def spool(run: RunRecord, root: Path, fields: Path = FIELDS) -> Path:
+    """Write `run` with copies of its small files to ``.valr/spool/<id>/``, whole or not at all; return that folder.
+
+    Raises:
+        OSError: it can't be written.
+        TypeError, ValueError: a field holds what JSON can't.
+        LineageError: the allow-list is missing or broken.
+    """
+    entry = root / ".valr" / "spool" / run.id
+    if entry.exists():
+        return entry
+    partial = entry.with_name(f".{run.id}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    values = asdict(replace(_allowed(run, fields), metrics_file=None, artifact=Path()))
+    del values["metrics_file"], values["artifact"]
+    (partial / "record.json").write_text(json.dumps(values, sort_keys=True), encoding="utf-8")
+    if run.metrics_file is not None and run.metrics_file.is_file():
+        shutil.copyfile(run.metrics_file, partial / "steps.jsonl")
+    for name in (*run.plots, *([run.report] if run.report else [])):
+        source, copy = run.artifact / name, partial / "files" / name
+        if source.is_file() and source.stat().st_size <= _MAX_SPOOLED_FILE_BYTES:
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, copy)
+    partial.rename(entry)
+    return entry
+
+
+def deliver(
+    root: Path, limit: int = 100, fields: Path = FIELDS, warn: Callable[[str], None] = _LOG.warning
+) -> list[tuple[str, str]]:
+    """Log spooled records to the tracking server, the newest first, and remove from the spool what has arrived.
+
+    The server is the one that ``MLFLOW_TRACKING_URI`` names, else SQLite in ``.valr/mlflow.db``. Several processes may
+    deliver at once; they take turns.
+
+    Args:
+        root: the project.
+        limit: at most so many records, so that a long outage does not hold up the stage that comes after it.
+        fields: the allow-list.
+        warn: gets one line for what could not be delivered and stays in the spool.
+
+    Returns:
+        (id of the record, address of its run) for each that arrived.
+    """
+    if not _spooled(root):
+        return []
+    try:
+        with FileLock(root / ".valr" / "lineage.lock", timeout=_LOCK_SECONDS):
+            return list(_deliver(root, limit, fields, warn))
+    except Timeout:
+        warn("another process is still delivering to MLflow; what this stage measured goes out with the next one")
+        return []
+
+
+def recorded_url(root: Path, stage: str, output_digest: str) -> str | None:
+    """Address of the MLflow run that made this version of the artifact, without asking the server; None if unknown."""
+    try:
+        receipt = json.loads(_receipt(root, stage, output_digest).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return run_url(root, receipt["run_id"], receipt["experiment_id"])
+
+
+def tracking_uri(root: Path) -> str:
+    """``MLFLOW_TRACKING_URI``, else the SQLite database of the project."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{_database(root)}"
+
+
+def run_url(root: Path, run_id: str, experiment_id: str) -> str:
+    """Address of a run's page.
+
+    It is on ``VALR_MLFLOW_PAGES`` where people reach the server under another address than programs do, else on the
+    tracking server, else (a local database) on `LOCAL_PAGES`.
+    """
+    uri = urlsplit(tracking_uri(root))
+    server = urlunsplit((uri.scheme, uri.netloc.rpartition("@")[2], uri.path, "", ""))
+    pages = os.environ.get("VALR_MLFLOW_PAGES") or (server if uri.scheme in ("http", "https") else LOCAL_PAGES)
+    # Without the workflow type MLflow opens the run in its GenAI view, where training charts are missing.
+    return f"{pages.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
+
+
+def server_command(root: Path, host: str = "127.0.0.1", port: int = 5000) -> list[str]:
+    """The command that serves the pages and the API of the project's own database.
+
+    The database is made first if there is none, because the server and the first stage must not both make it.
+    """
+    _make_database(root)
+    return [
+        *(sys.executable, "-m", "mlflow", "--env-file", str(SERVER_ENV), "server"),
+        *("--backend-store-uri", f"sqlite:///{_database(root)}"),
+        *("--artifacts-destination", _artifacts(root).as_uri()),
+        *("--host", host, "--port", str(port), "--workers", "1"),
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------- the allow-list
+
+
+def _allowed(run: RunRecord, fields: Path) -> RunRecord:
+    """`run` with nothing in it but what the allow-list names; parameters come out flat."""
+    lists = _read_fields(fields)
+
+    def keep(kind: str, names: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+        def passes(name: str) -> bool:
+            return any(fnmatchcase(name, line) for line in lists[kind]) and not any(
+                fnmatchcase(name.lower(), line) for line in lists["never"]
+            )
+
+        return {name: value for name, value in names.items() if passes(prefix + name)}
+
+    numbers = {name: value for name, value in run.summary.items() if not isinstance(value, str)}
+    words = {name: value for name, value in run.summary.items() if isinstance(value, str)}
+    return replace(
+        run,
+        parameters=keep("parameters", dict(_flat(run.parameters))),
+        summary=keep("metrics", numbers) | keep("tags", words, "summary."),
+        timings=keep("metrics", run.timings, "timings/"),
+        tags=keep("tags", run.tags),
+    )
+
+
+def _read_fields(path: Path) -> dict[str, list[str]]:
+    try:
+        lists = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return {kind: [str(line) for line in lists[kind]] for kind in ("parameters", "metrics", "tags", "never")}
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise LineageError(
+            f"the allow-list {path.parent.name}/{path.name} can't be read ({type(error).__name__}: {error}); it needs "
+            "the lists parameters, metrics, tags and never; bring it back with: git checkout mlflow/fields.yaml"
+        ) from None
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+# --------------------------------------------------------------------------------------------------------- delivery
+
+
+def _spooled(root: Path) -> list[Path]:
+    """Spooled records, the newest first."""
+    folder = root / ".valr" / "spool"
+    entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")] if folder.is_dir() else []
+    return sorted(entries, key=lambda entry: entry.stat().st_mtime, reverse=True)
+
+
+def _deliver(root: Path, limit: int, fields: Path, warn: Callable[[str], None]) -> Iterator[tuple[str, str]]:
+    entries = _spooled(root)
+    if not entries:
+        return
+    stays = "what was measured stays in .valr/spool and goes out with the next stage"
+    # Whatever goes wrong from here on, from a missing package to a full disk on the server, must not fail the stage.
+    try:
+        client, experiment_id = _connect(root)
+    except Exception as error:
+        warn(f"MLflow at {_shown(tracking_uri(root))} is away ({_reason(error, root)}); {stays}")
+        return
+    for entry in entries[:limit]:
+        try:
+            run = _read_spooled(entry, fields)
+        except (OSError, ValueError, TypeError) as error:
+            warn(f".valr/spool/{entry.name} can't be read ({_reason(error, root)}); delete that folder")
+            continue
+        except LineageError as error:
+            warn(f"{error}; until then {stays}")
+            return
+        try:
+            run_id = _log_run(client, experiment_id, run, entry)
+            _write_receipt(root, run, run_id, experiment_id)
+            shutil.rmtree(entry)
+        except Exception as error:
+            warn(f"MLflow did not take the run of {run.stage} ({_reason(error, root)}); {stays}")
+            if not _is_refusal(error):
+                return
+            continue
+        yield run.id, run_url(root, run_id, experiment_id)
+
+
+def _read_spooled(entry: Path, fields: Path) -> RunRecord:
+    steps = entry / "steps.jsonl"
+    values = json.loads((entry / "record.json").read_text(encoding="utf-8"))
+    run = RunRecord(**values, artifact=entry / "files", metrics_file=steps if steps.is_file() else None)
+    return _allowed(run, fields)
+
+
+def _log_run(client: MlflowClient, experiment_id: str, run: RunRecord, entry: Path) -> str:
+    """Write all of `run`; everything in here may be repeated after a delivery that broke off half-way."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunStatus, RunTag
+
+    ended = round(run.ended * 1000)
+    began = ended - round(run.timings.get("seconds", 0.0) * 1000)
+    found = client.search_runs([experiment_id], f"tags.`valr.record` = '{run.id}'", max_results=1)
+    if found:
+        run_id: str = found[0].info.run_id
+        if found[0].info.status == RunStatus.to_string(RunStatus.FINISHED):
+            return run_id
+    else:
+        created = client.create_run(
+            experiment_id, start_time=began, run_name=run.run_name, tags={"valr.record": run.id}
+        )
+        run_id = created.info.run_id
+
+    parameters = [Param(name, _text(value)) for name, value in run.parameters.items()]
+    for batch in _batches(parameters, _PARAMETERS_PER_CALL):
+        client.log_batch(run_id, params=batch)
+    client.log_batch(run_id, tags=[RunTag(name, value) for name, value in _tags(run).items()])
+
+    figures = {name: value for name, value in run.summary.items() if not isinstance(value, str)}
+    figures |= {f"timings/{name}": value for name, value in run.timings.items()}
+    metrics = [Metric(_metric_name(name), float(value), ended, 0) for name, value in figures.items()]
+    if run.metrics_file is not None:
+        metrics += [
+            Metric(_metric_name(f"steps/{name}"), value, round(at * 1000), step)
+            for step, name, value, at in steps(run.metrics_file)
+        ]
+    for batch in _batches(metrics, _METRICS_PER_CALL):
+        client.log_batch(run_id, metrics=batch)
+
+    datasets = [
+        DatasetInput(
+            Dataset(name, run.input_digests[name], "local", json.dumps({"uri": f"artifacts/{name}"})),
+            [InputTag("mlflow.data.context", run.group)],
+        )
+        for name in run.datasets
+    ]
+    if datasets:
+        client.log_inputs(run_id, datasets)
+    for name in run.plots:
+        if (entry / "files" / name).is_file():
+            client.log_artifact(run_id, str(entry / "files" / name), "plots")
+    if run.report and (entry / "files" / run.report).is_file():
+        client.log_artifact(run_id, str(entry / "files" / run.report), "report")
+    if run.tables:
+        client.log_text(run_id, _tables(run), "table.md")
+    client.set_terminated(run_id, RunStatus.to_string(RunStatus.FINISHED), ended)
+    return run_id
+
+
+def _tags(run: RunRecord) -> dict[str, str]:
+    tags = {
+        "stage": run.stage,
+        "group": run.group,
+        "output.digest": run.output_digest,
+        "code.digest": run.code_digest,
+        "recipe.fingerprint": run.recipe_fingerprint,
+        "mlflow.source.name": f"valr run {run.stage}",
+        "mlflow.source.git.commit": run.git_commit,
+        "dagster.asset_key": run.stage,
+        **{f"input.{name}": digest for name, digest in run.input_digests.items()},
+        **{f"summary.{name}": value for name, value in run.summary.items() if isinstance(value, str)},
+        **run.tags,
+    }
+    if run.dagster_run_id:
+        tags["dagster.run_id"] = run.dagster_run_id
+    if run.tables:
+        # What MLflow shows as the run's description.
+        tags["mlflow.note.content"] = _tables(run)[:_MAX_NOTE_CHARACTERS]
+    return tags
+
+
+def _tables(run: RunRecord) -> str:
+    return "\n\n".join(f"## {title}\n\n{table}" for title, table in run.tables.items()) + "\n"
+
+
+def steps(metrics_file: Path) -> list[tuple[int, str, float, float]]:
+    """Rows (step, name, value, seconds since 1970) of a metrics file, in the order of steps.
+
+    A step that comes again takes back everything from it on: a run that goes on after a kill starts from its last
+    checkpoint, and what came after that checkpoint happened twice. A last line that a kill cut short is left out.
+    """
+    known: dict[str, dict[int, tuple[float, float]]] = {}
+    for line in metrics_file.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        for name, value in row["metrics"].items():
+            series = known.setdefault(name, {})
+            if series and next(reversed(series)) >= row["step"]:
+                series = known[name] = {step: point for step, point in series.items() if step < row["step"]}
+            series[row["step"]] = (float(value), row["time"])
+    return sorted((step, name, *point) for name, series in known.items() for step, point in series.items())
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _metric_name(name: str) -> str:
+    """MLflow takes letters, digits, ``_-. :/``."""
+    return re.sub(r"[^\w\-. :/]", "_", name)
+
+
+def _batches(rows: Sequence[Any], size: int) -> Iterator[list[Any]]:
+    remaining = iter(rows)
+    while batch := list(islice(remaining, size)):
+        yield batch
+
+
+def _receipt(root: Path, stage: str, digest: str) -> Path:
+    return root / ".valr" / "tracked" / f"{stage}@{digest}.json"
+
+
+def _write_receipt(root: Path, run: RunRecord, run_id: str, experiment_id: str) -> None:
+    path = _receipt(root, run.stage, run.output_digest)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}")
+    partial.write_text(json.dumps({"run_id": run_id, "experiment_id": experiment_id}), encoding="utf-8")
+    partial.replace(path)
+
+
+# ------------------------------------------------------------------------------------------------------- the server
+
+
+def _connect(root: Path) -> tuple[MlflowClient, str]:
+    """A client of the tracking server and the id of the experiment there."""
+    uri = tracking_uri(root)
+    if uri.startswith("sqlite:///") and Path(uri.removeprefix("sqlite:///")).resolve() == _database(root):
+        _make_database(root)
+    elif uri.startswith(("http://", "https://")):
+        _probe(uri)
+    mlflow = _import_mlflow()
+    client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
+    found = client.get_experiment_by_name(EXPERIMENT)
+    if found is None:
+        return client, client.create_experiment(EXPERIMENT)
+    if found.lifecycle_stage == "deleted":
+        client.restore_experiment(found.experiment_id)
+    return client, found.experiment_id
+
+
+def _import_mlflow() -> Any:
+    # Read while mlflow is imported. A stage does not wait long for a server, and standard output is the verb's.
+    for name, value in {
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    }.items():
+        os.environ.setdefault(name, value)
+    import mlflow
+
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    return mlflow
+
+
+def _probe(uri: str) -> None:
+    """Whether anything answers at `uri`, before 1.5 s are spent on importing mlflow.
+
+    Raises:
+        OSError: nothing does.
+    """
+    parts = urlsplit(uri)
+    address = urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], f"{parts.path.rstrip('/')}/health", "", ""))
+    try:
+        urllib.request.urlopen(address, timeout=_PROBE_SECONDS).close()
+    except urllib.error.HTTPError:
+        return
+    except urllib.error.URLError as error:
+        # Certificates are mlflow's own business: it has settings for them.
+        if not isinstance(error.reason, ssl.SSLError):
+            raise
+
+
+def _database(root: Path) -> Path:
+    return root.resolve() / ".valr" / "mlflow.db"
+
+
+def _artifacts(root: Path) -> Path:
+    return root.resolve() / ".valr" / "mlartifacts"
+
+
+def _make_database(root: Path) -> None:
+    """Make the SQLite database with our experiment in it, unless it is there.
+
+    One process at a time, aside and then renamed: two processes that migrate an empty database at once break each
+    other, and one that is killed leaves half of it.
+    """
+    final = _database(root)
+    if final.is_file():
+        return
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(final.with_suffix(".lock")):
+        if final.is_file():
+            return
+        _import_mlflow()
+        from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+        partial = final.with_suffix(".partial")
+        partial.unlink(missing_ok=True)
+        store = SqlAlchemyStore(f"sqlite:///{partial}", _artifacts(root).as_uri())
+        store.create_experiment(EXPERIMENT, artifact_location=_artifacts(root).as_uri())
+        store.engine.dispose()
+        partial.rename(final)
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether the server is there and refuses this very record, so that the others are worth trying."""
+    status = getattr(error, "get_http_status_code", None)
+    return status is not None and 400 <= status() < 500
+
+
+def _shown(uri: str) -> str:
+    """The address without user and password."""
+    parts = urlsplit(uri)
+    if parts.scheme.startswith("sqlite"):
+        return "the local database"
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def _reason(error: Exception, root: Path) -> str:
+    """The first line of `error`, without the password that the tracking address may hold."""
+    password = urlsplit(tracking_uri(root)).password
+    line = next(iter(str(error).splitlines()), "")[:200]
+    reason = f"{type(error).__name__}: {line}" if line else type(error).__name__
+    return reason.replace(password, "***") if password else reason
