@@ -1,0 +1,229 @@
+"""Records: one question with its images, reasoning steps and answer, and what a reader yields instead of a bad one.
+
+A reader yields `Record | Rejection` and nothing else. Ids are unique across sources because they begin with the
+source's name. Text in a record never opens a latent segment: control and chat tokens in it are rejected by
+`check_text`. Reason codes are stable; a parser raises `BadRecord` with one of `REASONS` and the reading loop turns it
+into a `Rejection`. A folder in which there is nothing to read is no rejection but a `SourceError`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Box = tuple[int, int, int, int]
+"""x0, y0, x1, y1 in pixels of the image, x1 and y1 exclusive."""
+
+Split = Literal["train", "validation", "test"]
+
+REASONS = {
+    "bbox_disagrees": "two notations of one box, or of the image size, differ",
+    "bbox_invalid": "no four finite numbers, inverted, outside the image or too small to show anything",
+    "benchmark_image": "a training record shows an image of the test split",
+    "crop_is_whole_image": "the region is the whole image, so the step image adds nothing",
+    "duplicate_content": "same images, question and answer as an earlier record",
+    "duplicate_id": "an earlier record has this id",
+    "empty_answer": "no answer after removing white space",
+    "empty_question": "no question after removing white space and markers",
+    "empty_reasoning": "a step without text",
+    "image_aspect": "longer side more than 200 times the shorter one; the processor refuses it",
+    "image_missing": "file absent, or bytes absent",
+    "image_too_large": "more pixels than data.max_image_pixels",
+    "image_too_small": "a side shorter than data.min_image_side",
+    "image_unreadable": "not decodable to the last row",
+    "no_images": "the record has no image",
+    "no_steps": "no reasoning step found",
+    "not_json": "the line is no JSON object",
+    "not_utf8": "the text is not valid UTF-8",
+    "path_escape": "an image path that leaves the source's folder",
+    "placeholder_count": "image placeholders and images or texts do not pair up",
+    "reserved_token_in_text": "a control or chat token inside the text",
+    "schema_mismatch": "a required key is absent, unknown or of the wrong type",
+    "split_not_train": "the record says that it is from another split",
+    "too_many_steps": "more steps than data.max_steps",
+    "unbalanced_tags": "image delimiters that do not pair up",
+    "uncited_image": "a step image that no step looks at",
+}
+"""Every reason a record can be rejected for, with its rule. Stable: reports and tests name them."""
+
+RESERVED_TOKENS = (
+    "<latent>",
+    "</latent>",
+    "<|latent_pad|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<lvr>",
+    "<abs_vis_token>",
+    "</abs_vis_token>",
+    "<image>",
+    "<image_start>",
+    "<image_end>",
+)
+"""Tokens of the chat template, of the latent segments, and markers of the public formats that a reader left over."""
+
+
+@dataclass(frozen=True)
+class Image:
+    """One image of a record: encoded bytes as they came (PNG, JPEG ...), decoded once to check them."""
+
+    data: bytes
+    digest: str
+    """SHA-256 of `data`, hexadecimal."""
+    width: int
+    """Pixels, after the EXIF orientation was applied."""
+    height: int
+    """Pixels, after the EXIF orientation was applied."""
+    role: Literal["input", "step"]
+    """`input` is shown to the model with the question, `step` stands inside the reasoning (an interleaved image)."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a step looks at."""
+
+    image: int
+    """Index into the record's images."""
+    box: Box | None = None
+    """A region of that image, or all of it."""
+    origin: Literal["dataset", "crop", "only_image", "matched"] = "dataset"
+    """Who decided."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One piece of reasoning text, r(i)."""
+
+    text: str
+    target: Target | None = None
+
+
+@dataclass(frozen=True)
+class Record:
+    """One training or test example."""
+
+    id: str
+    source: str
+    license: str
+    split: Split
+    kind: Literal["single_view", "multi_view", "interleaved"]
+    question: str
+    images: tuple[Image, ...]
+    steps: tuple[Step, ...]
+    answer: str
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A record that can't be used: named, with a stable reason code, never dropped silently."""
+
+    id: str
+    source: str
+    reason: str
+    """Stable code such as `image_unreadable`, a key of `REASONS`."""
+    detail: str
+    """File, row, field and the offending value, shortened."""
+
+
+class SourceError(ValueError):
+    """A source that can't be read at all: what is wrong, where, and how to fix it. Stops the run."""
+
+
+class BadRecord(Exception):
+    """Raised while one record is parsed; the reading loop yields it as a `Rejection`."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+def shortened(value: object, limit: int = 80) -> str:
+    """`value` as one printable ASCII line of at most `limit` characters, for messages."""
+    shown = value if isinstance(value, str) else repr(value)
+    shown = ascii(shown[: 4 * limit])[1:-1]
+    return shown if len(shown) <= limit else shown[: limit - 3] + "..."
+
+
+def check_text(text: object, field: str, empty: str) -> str:
+    """`text` without surrounding white space.
+
+    Args:
+        text: what the source holds in that field.
+        field: its name, for the message.
+        empty: reason code if nothing is left.
+
+    Raises:
+        BadRecord: `schema_mismatch` (no string), `not_utf8` (lone surrogates), `reserved_token_in_text`, or `empty`.
+    """
+    if not isinstance(text, str):
+        raise BadRecord("schema_mismatch", f"{field}: expected text, found {type(text).__name__} {shortened(text)}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise BadRecord("not_utf8", f"{field}: a lone surrogate in {shortened(text)!r}") from None
+    lowered = text.lower()
+    for token in RESERVED_TOKENS:
+        if token in lowered:
+            raise BadRecord("reserved_token_in_text", f"{field}: {token} in {shortened(text)!r}")
+    text = text.strip()
+    if not text:
+        raise BadRecord(empty, f"{field}: nothing but white space")
+    return text
+
+
+def check_box(values: object, width: int, height: int, field: str, min_side: int) -> Box:
+    """A region of a `width` x `height` image in whole pixels; fractions are rounded outwards.
+
+    Raises:
+        BadRecord: `bbox_invalid`, naming the field, the values and the image size.
+    """
+    shown = f"{field}: {shortened(values)} in an image of {width}x{height}"
+    if not isinstance(values, Sequence) or isinstance(values, str) or len(values) != 4:
+        raise BadRecord("bbox_invalid", f"{shown}: expected four numbers [x0, y0, x1, y1]")
+    if not all(is_finite_number(value) for value in values):
+        raise BadRecord("bbox_invalid", f"{shown}: not four finite numbers")
+    x0, y0 = (math.floor(value) for value in values[:2])
+    x1, y1 = (math.ceil(value) for value in values[2:])
+    if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
+        raise BadRecord("bbox_invalid", f"{shown}: inverted, empty or outside")
+    if min(x1 - x0, y1 - y0) < min_side:
+        raise BadRecord("bbox_invalid", f"{shown}: a side below {min_side} px shows nothing (data.min_image_side)")
+    return x0, y0, x1, y1
+
+
+def is_finite_number(value: Any) -> bool:
+    """True for a finite int or float; booleans are no numbers here."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_record(record: Record, max_steps: int) -> Record:
+    """The record itself, if its parts fit together; the last gate of every reader.
+
+    Raises:
+        BadRecord: `no_images`, `no_steps` (a test record may come without steps), `too_many_steps`, `uncited_image`.
+    """
+    if not any(image.role == "input" for image in record.images):
+        raise BadRecord("no_images", "no image is shown with the question")
+    if not record.steps and record.split != "test":
+        raise BadRecord("no_steps", "no reasoning step to train on")
+    if len(record.steps) > max_steps:
+        raise BadRecord("too_many_steps", f"{len(record.steps)} steps, at most {max_steps} allowed (data.max_steps)")
+    cited = {step.target.image for step in record.steps if step.target is not None}
+    uncited = [i for i, image in enumerate(record.images) if image.role == "step" and i not in cited]
+    if uncited:
+        raise BadRecord("uncited_image", f"step image {uncited[0]} is looked at by no step")
+    return record
