@@ -1,0 +1,246 @@
+"""A teacher gives one feature a patch, in the place of the patch, from a whole image, and says what it was made of."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from valr_ops.recipe.recipe import TeacherRecipe
+from valr_ops.teachers.encoders import Teacher, TeacherError, _build, load_teacher, read_teacher
+
+WIDTHS = {"embed_dim": 16, "depth": 1, "num_heads": 2}
+RECIPES = {
+    "dinov3": {"architecture": "timm", "model": "vit_large_patch16_dinov3", "image_pixels": 64},
+    "siglip2": {"architecture": "timm", "model": "vit_large_patch16_siglip_256", "image_pixels": 64},
+    "pi3": {"architecture": "pi3", "model": "vit_large_patch14_reg4_dinov2", "image_pixels": 56},
+}
+
+
+def recipe(name: str, **changes: Any) -> TeacherRecipe:
+    """A teacher of the real class with one narrow block, trained for one step."""
+    arguments = WIDTHS | {"img_size": RECIPES[name]["image_pixels"]}
+    if name == "pi3":
+        arguments |= {"decoder_depth": 2}
+    return TeacherRecipe.model_validate({"arguments": arguments, "pretraining_steps": 1, **RECIPES[name], **changes})
+
+
+def untrained(name: str, **changes: Any) -> Teacher:
+    torch.manual_seed(0)
+    wanted = recipe(name, **changes)
+    return Teacher(name, wanted, _build(name, wanted))
+
+
+def picture(width: int, height: int) -> PIL.Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return PIL.Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_changed_patch_changes_its_own_feature_most(name: str) -> None:
+    teacher = untrained(name)
+    patch = teacher.image_pixels // 4
+    plain = np.full((teacher.image_pixels, teacher.image_pixels, 3), 128, np.uint8)
+    for row, column in ((0, 0), (0, 3), (2, 1), (3, 3)):
+        marked = plain.copy()
+        marked[row * patch : (row + 1) * patch, column * patch : (column + 1) * patch] = (255, 0, 0)
+        features = teacher(torch.from_numpy(np.stack([plain, marked])))
+        change = (features[1] - features[0]).norm(dim=-1)
+        assert divmod(int(change.argmax()), 4) == (row, column)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_features_are_float32_one_a_patch_and_without_gradient(name: str) -> None:
+    teacher = untrained(name)
+    features = teacher([picture(64, 16), picture(30, 50), picture(8, 8)])
+    assert features.shape == (3, *teacher.grid, teacher.dim) and teacher.grid == (4, 4)
+    assert teacher.dim == (32 if name == "pi3" else 16)
+    assert features.dtype == torch.float32 and not features.requires_grad
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_whole_image_is_seen_up_to_its_border(name: str) -> None:
+    teacher = untrained(name)
+    image = np.full((128, 256, 3), 128, np.uint8)
+    framed = image.copy()
+    framed[:4], framed[-4:], framed[:, :8], framed[:, -8:] = 0, 0, 0, 0
+    squashed = teacher.squash([PIL.Image.fromarray(framed)])[0]
+    assert squashed[0].max() < 64 and squashed[-1].max() < 64
+    assert squashed[:, 0].max() < 64 and squashed[:, -1].max() < 64
+
+
+def test_arrays_and_pictures_give_the_same_features() -> None:
+    teacher, image = untrained("dinov3"), picture(40, 24)
+    assert torch.equal(teacher([image]), teacher(torch.from_numpy(np.asarray(image)[None].copy())))
+
+
+def test_small_stripes_average_out_when_an_image_shrinks() -> None:
+    stripes = np.zeros((64, 1024, 3), np.uint8)
+    stripes[:, ::2] = 255
+    squashed = untrained("dinov3").squash([PIL.Image.fromarray(stripes)])
+    assert squashed.float().sub(127.5).abs().max() < 4, "a resize without antialiasing keeps single stripes"
+
+
+@pytest.mark.parametrize(
+    ("model", "mean"),
+    [
+        ("vit_large_patch16_dinov3.lvd1689m", (0.485, 0.456, 0.406)),
+        ("vit_large_patch16_dinov3.sat493m", (0.430, 0.411, 0.296)),
+        ("vit_large_patch16_siglip_256.v2_webli", (0.5, 0.5, 0.5)),
+    ],
+)
+def test_normalisation_comes_from_the_model(model: str, mean: tuple[float, ...]) -> None:
+    teacher = untrained("dinov3", model=model)
+    assert teacher.preprocessing["mean"] == list(mean)
+
+
+def test_a_black_image_enters_the_model_at_minus_mean_over_deviation() -> None:
+    teacher = untrained("siglip2")
+    expected = teacher.model.forward_features(torch.full((1, 3, 64, 64), -1.0))  # type: ignore[operator]
+    torch.testing.assert_close(teacher([PIL.Image.new("RGB", (9, 5))]).flatten(1, 2), expected)
+
+
+def test_an_image_that_is_not_rgb_is_refused() -> None:
+    with pytest.raises(TeacherError, match="image 1 in mode L"):
+        untrained("dinov3")([picture(8, 8), PIL.Image.new("L", (8, 8))])
+    with pytest.raises(TeacherError, match=r"float32 tensor of shape \[1, 3, 8, 8\]"):
+        untrained("dinov3")(torch.zeros(1, 3, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_pixels": 40}, r"teachers.dinov3.image_pixels=40 is no multiple .* 16 px; set it to 32"),
+        ({"model": "vit_large_patch16_dinov4"}, r"did you mean 'vit_large_patch16_dinov3'"),
+        ({"model": "hf-hub:somebody/something"}, r"is no model of timm"),
+        ({"model": "resnet18", "arguments": {}}, r"'resnet18' has no patch tokens"),
+        ({"arguments": {"embed_dims": 16}}, r"teachers.dinov3.arguments.*embed_dims.*did you mean embed_dim\?"),
+        ({"model": "vit_large_patch16_siglip_256", "image_pixels": 128}, r"takes 64 px only"),
+        ({"pretraining_steps": 0}, r"has no weights; set exactly one of weights"),
+        ({"weights": "x.safetensors"}, r"has weights and pretraining_steps"),
+        ({"weights": "nowhere.safetensors", "pretraining_steps": 0}, r"teachers.dinov3.weights=nowhere.* is no file"),
+    ],
+)
+def test_a_teacher_that_cannot_be_built_says_which_field_to_change(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(TeacherError, match=message):
+        load_teacher("dinov3", recipe("dinov3", **changes), seed=0)
+
+
+class _Trap:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return pytest.fail, ("the pickle was loaded",)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "message"),
+    [("pth", "pickles are not read.*convert it"), ("bin", "pickles are not read"), ("safetensors", "can't be read as")],
+)
+def test_a_pickle_is_refused_and_never_loaded(tmp_path: Path, suffix: str, message: str) -> None:
+    path = tmp_path / f"teacher.{suffix}"
+    path.write_bytes(pickle.dumps(_Trap()))
+    with pytest.raises(TeacherError, match=message):
+        load_teacher("dinov3", recipe("dinov3", weights=str(path), pretraining_steps=0), seed=0)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_weights_from_a_file_give_the_features_they_were_saved_with(name: str, tmp_path: Path) -> None:
+    teacher = untrained(name)
+    save_file(teacher.model.state_dict(), tmp_path / "model.safetensors")
+    from_file = recipe(name, weights=str(tmp_path / "model.safetensors"), pretraining_steps=0)
+    loaded = load_teacher(name, from_file, seed=5)
+    assert torch.equal(loaded([picture(20, 20)]), teacher([picture(20, 20)]))
+    assert loaded.fingerprint == teacher.fingerprint
+
+
+def test_missing_unexpected_and_misshapen_weights_are_named(tmp_path: Path) -> None:
+    weights = dict(untrained("dinov3").model.state_dict())
+    del weights["cls_token"]
+    weights |= {"neck.weight": torch.zeros(1), "reg_token": torch.zeros(1, 4, 8)}
+    save_file(weights, tmp_path / "model.safetensors")
+    broken = recipe("dinov3", weights=str(tmp_path / "model.safetensors"), pretraining_steps=0)
+    with pytest.raises(TeacherError) as caught:
+        load_teacher("dinov3", broken, seed=0)
+    for part in ("1 missing (cls_token)", "1 unexpected (neck.weight)", "reg_token [1, 4, 8] instead of [1, 4, 16]"):
+        assert part in str(caught.value)
+
+
+def test_a_classifier_in_the_file_is_not_used(tmp_path: Path) -> None:
+    weights = dict(untrained("dinov3").model.state_dict()) | {"head.weight": torch.zeros(7, 16)}
+    save_file(weights, tmp_path / "model.safetensors")
+    wanted = recipe("dinov3", weights=str(tmp_path / "model.safetensors"), pretraining_steps=0)
+    assert load_teacher("dinov3", wanted, seed=0).fingerprint == untrained("dinov3").fingerprint
+
+
+def test_hub_weights_are_fetched_at_the_pinned_revision_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = untrained("dinov3")
+    save_file(teacher.model.state_dict(), tmp_path / "model.safetensors")
+    asked: list[tuple[str, str]] = []
+
+    def snapshot(repository: str, *, revision: str, allow_patterns: list[str]) -> str:
+        asked.append((repository, revision))
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    pinned = recipe("dinov3", hub_id="timm/some-teacher", revision="a" * 40, pretraining_steps=0)
+    assert load_teacher("dinov3", pinned, seed=0).fingerprint == teacher.fingerprint
+    assert asked == [("timm/some-teacher", "a" * 40)]
+
+
+def test_a_hub_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def snapshot(*_: Any, **__: Any) -> str:
+        raise OSError("no route")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    pinned = recipe("dinov3", hub_id="timm/some-teacher", revision="a" * 40, pretraining_steps=0)
+    with pytest.raises(
+        TeacherError, match=r"teachers.dinov3.hub_id=timm/some-teacher .*no route.*set teachers.dinov3.weights"
+    ):
+        load_teacher("dinov3", pinned, seed=0)
+
+
+def test_the_fingerprint_follows_weights_and_preprocessing() -> None:
+    teacher, same = untrained("dinov3"), untrained("dinov3")
+    assert teacher.fingerprint == same.fingerprint
+    same.model.cls_token.data[0, 0, 0] += 1e-3  # type: ignore[index,operator]
+    assert teacher.fingerprint != same.fingerprint
+    assert teacher.fingerprint != untrained("dinov3", image_pixels=32).fingerprint
+    assert teacher.fingerprint != untrained("dinov3", model="vit_large_patch16_dinov3.sat493m").fingerprint
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_same_seed_trains_the_same_teacher_and_another_seed_another(name: str) -> None:
+    wanted = recipe(name, pretraining_steps=3)
+    first = load_teacher(name, wanted, seed=0)
+    state = torch.random.get_rng_state()
+    assert load_teacher(name, wanted, seed=0).fingerprint == first.fingerprint
+    assert load_teacher(name, wanted, seed=1).fingerprint != first.fingerprint
+    assert torch.equal(torch.random.get_rng_state(), state), "the caller's random numbers are not touched"
+
+
+def test_a_short_training_teaches_what_lies_under_a_patch() -> None:
+    arguments = {"embed_dim": 32, "depth": 1, "num_heads": 2, "img_size": 64, "init_values": 1.0}
+    short, longer = (
+        load_teacher("dinov3", recipe("dinov3", arguments=arguments, pretraining_steps=steps), seed=0).held_out_accuracy
+        for steps in (1, 60)
+    )
+    assert short is not None and longer is not None
+    assert longer > 0.6 > short + 0.1
+
+
+def test_a_saved_teacher_reads_back_and_a_changed_one_is_refused(tmp_path: Path) -> None:
+    teacher = load_teacher("pi3", recipe("pi3"), seed=0)
+    teacher.save(tmp_path)
+    assert torch.equal(read_teacher(tmp_path)([picture(20, 20)]), teacher([picture(20, 20)]))
+    weights = load_file(tmp_path / "teacher.safetensors")
+    weights["register_token"] = weights["register_token"] + 1
+    save_file(weights, tmp_path / "teacher.safetensors")
+    with pytest.raises(TeacherError, match="was changed after it was saved"):
+        read_teacher(tmp_path)
+    with pytest.raises(TeacherError, match="does not exist"):
+        read_teacher(tmp_path / "elsewhere")
