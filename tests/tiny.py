@@ -1,0 +1,154 @@
+"""A recipe, tokenizer, processor, model and a few sequences small enough for tests: all made in about a second."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+
+from valr_ops.data.records import Box
+from valr_ops.data.rewriting import (
+    INSTRUCTION,
+    LATENT,
+    LATENT_END,
+    ControlTokens,
+    Segment,
+    Sequence,
+    image_grid,
+    prompt_messages,
+    response_pieces,
+)
+from valr_ops.model.qwen import make_processor, tiny_model, train_tokenizer
+from valr_ops.recipe.recipe import Recipe, override, read
+from valr_ops.torchvision_guard import ensure_torchvision
+
+ensure_torchvision()
+
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor  # noqa: E402
+
+STEPS = (
+    "row 1: red circle, blue square, green triangle, red star.",
+    "row 2: blue circle, blue star, green square, yellow triangle.",
+    "row 3: yellow circle, red square, green star, blue triangle.",
+)
+QUESTION = "What is in column 2 of each row?"
+
+
+def recipe(**changes: Any) -> Recipe:
+    """A recipe at scale tiny with the smallest widths that keep every shape different; dotted `changes` apply."""
+    training = {"learning_rate": 3e-3, "projector_learning_rate": 3e-3, "micro_batch": 2, "accumulation": 2}
+    teacher = {"architecture": "timm", "model": "vit_small_patch16_dinov3", "image_pixels": 64}
+    smallest = read(
+        {
+            "scale": "tiny",
+            "data": {"max_length": 512, "reserved_slots": 4, "synthetic": {"train_records": 24, "test_records": 8}},
+            "base": {
+                "from_scratch": {
+                    "hidden_size": 32,
+                    "layers": 3,
+                    "attention_heads": 2,
+                    "key_value_heads": 1,
+                    "intermediate_size": 48,
+                    "vision_hidden_size": 16,
+                    "vision_layers": 2,
+                    "vocabulary_size": 448,
+                    "rope_theta": 10.0,
+                    "tower_pretraining_steps": 2,
+                },
+                "max_pixels": 65536,
+            },
+            "latents": {"slots": 4},
+            "alignment": {"block": 1, "projector_width": 24},
+            "teachers": {"dinov3": teacher},
+            "stage1": training,
+            "stage2": training,
+        }
+    )
+    return override(smallest, changes)
+
+
+@functools.cache
+def processor() -> Qwen2_5_VLProcessor:
+    """The processor of the tiny model; shared, never changed."""
+    base = recipe().base
+    assert base.from_scratch is not None
+    texts = [*STEPS, QUESTION, INSTRUCTION, "Answer: blue square", "true false yes no 0 1 2 3 4 5 6 7 8 9"]
+    return make_processor(train_tokenizer(texts, base.from_scratch.vocabulary_size), base)
+
+
+def model(seed: int = 0, dtype: torch.dtype = torch.float32) -> Qwen2_5_VLForConditionalGeneration:
+    """A new tiny model with random weights."""
+    widths = recipe().base.from_scratch
+    assert widths is not None
+    return tiny_model(widths, processor(), seed).to(dtype)
+
+
+def image(number: int, width: int = 64, height: int = 64) -> PIL.Image.Image:
+    """Coloured noise, another one for every number."""
+    pixels = np.random.default_rng(number).integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
+    return PIL.Image.fromarray(pixels).resize((width, height), PIL.Image.Resampling.NEAREST)
+
+
+class Images:
+    """What `ImageStore` offers, in memory; the digest of an image is its name here."""
+
+    def __init__(self, images: dict[str, PIL.Image.Image]) -> None:
+        self.images = images
+        self.loads = 0
+
+    def load(self, digest: str, box: Box | None = None) -> PIL.Image.Image:
+        self.loads += 1
+        return self.images[digest] if box is None else self.images[digest].crop(box)
+
+
+def images() -> Images:
+    """Three images: two of a 4 x 4 grid and a wide one of 400 x 100 pixels."""
+    return Images({"a": image(0), "b": image(1), "wide": image(2, 400, 100)})
+
+
+def sequence(name: str, digests: tuple[str, ...], targets: tuple[tuple[str, Box | None] | None, ...]) -> Sequence:
+    """A sequence about the images `digests` with one segment and step for each of `targets`."""
+    made, store = processor(), images()
+    grids = tuple(image_grid(*store.images[digest].size, made) for digest in digests)
+    prompt = made.apply_chat_template(prompt_messages(QUESTION, len(digests)), add_generation_prompt=True)
+    for _, height, width in grids:
+        prompt = prompt.replace("<|image_pad|>", "<pads>" * (height * width // 4), 1)
+    ids = made.tokenizer.encode(prompt.replace("<pads>", "<|image_pad|>"))
+    prompt_length, segments = len(ids), []
+    *steps, answer = response_pieces(STEPS[: len(targets)], "blue square")
+    for step, (text, target) in enumerate(zip(steps, targets, strict=True)):
+        digest, box = target or (None, None)
+        segments.append(Segment(len(ids), digest, box, step))
+        ids += made.tokenizer.encode(LATENT + LATENT_END + text)
+    ids += made.tokenizer.encode(answer)
+    return Sequence(
+        id=f"tiny/{name}",
+        source="tiny",
+        split="train",
+        kind="single_view",
+        input_ids=np.array(ids, dtype=np.int32),
+        prompt_length=prompt_length,
+        segments=tuple(segments),
+        image_digests=digests,
+        image_grids=grids,
+        question=QUESTION,
+        answer="blue square",
+    )
+
+
+def sequences() -> list[Sequence]:
+    """Four ragged ones: three segments (one without target), one segment, two about two images, and none at all."""
+    return [
+        sequence("three", ("a",), (("a", (0, 0, 64, 16)), None, ("a", (0, 32, 64, 48)))),
+        sequence("one", ("wide",), (("wide", (0, 0, 100, 100)),)),
+        sequence("two", ("a", "b"), (("a", None), ("b", None))),
+        sequence("none", ("b",), ()),
+    ]
+
+
+def control() -> ControlTokens:
+    """Ids of the tiny tokenizer's control tokens."""
+    return ControlTokens.of(processor().tokenizer)
