@@ -1,0 +1,121 @@
+"""The artifacts that training reads, in miniature: model, sequences, images and made-up teacher features."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors.torch import save_file
+
+from tests import tiny
+from valr_ops.data.corpus import IMAGE_SCHEMA
+from valr_ops.data.rewriting import Sequence, write_sequences
+from valr_ops.model.qwen import save_model
+from valr_ops.recipe.recipe import Recipe
+from valr_ops.store.artifacts import StageContext
+from valr_ops.store.progress import Progress
+
+GRID, DIMENSION = (3, 3), 6
+
+
+def sequences(count: int = 10) -> list[Sequence]:
+    """Ragged sequences: the four of `tiny` over and over; the last two are held out."""
+    made = [replace(tiny.sequences()[number % 4], id=f"tiny/{number:02d}") for number in range(count)]
+    return [replace(one, split="validation") if number >= count - 2 else one for number, one in enumerate(made)]
+
+
+def write_inputs(root: Path, teachers: tuple[str, ...] = ("dinov3",)) -> dict[str, Path]:
+    """Write every input artifact below `root`; returns their folders by stage name."""
+    folders = {name: root / name for name in ("cot_corpus", "latent_corpus", "base_model")}
+    folders |= {f"teacher_features_{teacher}": root / f"teacher_features_{teacher}" for teacher in teachers}
+    for folder in folders.values():
+        folder.mkdir(parents=True)
+    rows = []
+    for digest, image in sorted(tiny.images().images.items()):
+        data = io.BytesIO()
+        image.save(data, "PNG")
+        rows.append({"digest": digest, "width": image.width, "height": image.height, "data": data.getvalue()})
+    pq.write_table(pa.Table.from_pylist(rows, schema=IMAGE_SCHEMA), folders["cot_corpus"] / "images.parquet")
+    write_sequences(sequences(), folders["latent_corpus"] / "sequences.parquet")
+    save_model(tiny.model(), tiny.processor(), folders["base_model"], {})
+    for number, teacher in enumerate(teachers):
+        _write_features(folders[f"teacher_features_{teacher}"], teacher, number)
+    return folders | {"stage1_sft": folders["base_model"]}
+
+
+def _write_features(folder: Path, teacher: str, seed: int) -> None:
+    """Features that depend on the image alone, so that there is something to learn."""
+    generator = torch.Generator().manual_seed(seed)
+    targets = [(one.digest, one.box) for sequence in sequences() for one in sequence.segments if one.digest is not None]
+    distinct = sorted(set(targets), key=str)
+    of_image = {digest: torch.randn(*GRID, DIMENSION, generator=generator) for digest, _ in distinct}
+    features = torch.stack([of_image[digest] for digest, _ in distinct]).to(torch.bfloat16)
+    save_file({"features": features}, folder / "features-00000.safetensors")
+    entries = [
+        {"digest": digest, "box": box, "shard": "features-00000.safetensors", "row": row, "grid": GRID}
+        for row, (digest, box) in enumerate(distinct)
+    ]
+    head = {"teacher": teacher, "dim": DIMENSION, "dtype": "bfloat16", "license": "none", "fingerprint": "0"}
+    (folder / "index.json").write_text(json.dumps({**head, "targets": entries}))
+
+
+class Listening(Progress):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.logged: dict[int, dict[str, float]] = {}
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:  # type: ignore[override]
+        self.logged[step] = dict(metrics)
+
+
+class DyingAt(Listening):
+    """Ends the run while update `step` is logged, as a kill would."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.step = step
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:  # type: ignore[override]
+        if step == self.step:
+            raise MemoryError
+        super().log(step, metrics)
+
+
+class SignalledAt(DyingAt):
+    """Gets SIGTERM while update `step` is logged."""
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:  # type: ignore[override]
+        if step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        Listening.log(self, step, metrics)
+
+
+def context(
+    stage: str, recipe: Recipe, inputs: dict[str, Path], root: Path, progress: Progress | None = None
+) -> StageContext:
+    """A context whose `out` is empty and whose `work` is what an earlier one of this `root` left."""
+    out, work = root / "out", root / "work"
+    if out.is_dir():
+        for file in out.rglob("*"):
+            file.unlink()
+        out.rmdir()
+    out.mkdir(parents=True)
+    work.mkdir(exist_ok=True)
+    return StageContext(stage, recipe, inputs, out, work, progress or Listening())
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file's bytes."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

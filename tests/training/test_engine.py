@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests import tiny
+from tests.training.inputs import Listening, SignalledAt, content, context, write_inputs
+from valr_ops.recipe.recipe import RecipeError, RuntimeRecipe, TrainingRecipe
+from valr_ops.store.artifacts import StageReport
+from valr_ops.training.engine import DeepSpeedEngine, TorchEngine, join_ranks, make_engine
+from valr_ops.training.launch import RankError
+from valr_ops.training.loop import build_stage2
+from valr_ops.training.schedule import parameter_groups
+from valr_ops.training.stop import TrainingInterrupted
+
+UPDATES, SHARES = 4, 3
+
+
+class Regression(nn.Module):
+    """Two layers, one that no loss reaches, one frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(5, 7), nn.Linear(7, 3)
+        self.unused, self.frozen = nn.Linear(3, 3), nn.Linear(2, 2).requires_grad_(False)
+
+    def forward(self, inputs: Tensor, wanted: Tensor) -> tuple[Tensor, dict[str, float]]:
+        loss = (self.second(torch.tanh(self.first(inputs))) - wanted).square().sum() / 6
+        return loss, {"loss": loss.item()}
+
+
+def engine_of(name: str) -> tuple[Regression, TorchEngine | DeepSpeedEngine]:
+    recipe = TrainingRecipe(learning_rate=1e-2, weight_decay=0.1, engine=name)  # type: ignore[arg-type]
+    module = Regression()
+    groups = parameter_groups(module.parameters(), (), recipe)
+    return module, make_engine(module, groups, recipe, join_ranks(RuntimeRecipe()))
+
+
+def run(name: str, resume_with: str | None = None) -> tuple[list[float], Tensor]:
+    """Losses and gradient norms of a few updates, and the weights; half way another engine may take over."""
+    module, engine = engine_of(name)
+    generator = torch.Generator().manual_seed(1)
+    figures = []
+    for update in range(UPDATES):
+        if resume_with is not None and update == UPDATES // 2:
+            state = [(key, tensor.clone()) for key, tensor in engine.state()]
+            module, engine = engine_of(resume_with)
+            engine.load_state(iter(state), update)
+        for number in range(1, SHARES + 1):
+            inputs, wanted = torch.randn(2, 5, generator=generator), torch.randn(2, 3, generator=generator)
+            loss, _ = engine(inputs, wanted)
+            engine.backward(loss, last=number == SHARES)
+            figures.append(loss.item())
+        figures.append(engine.gradient_norm())
+        engine.step(1 - update / UPDATES)
+    return figures, torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
+
+
+def test_torch_goes_on_from_its_state_to_the_bit() -> None:
+    figures, weights = run("torch")
+    resumed_figures, resumed_weights = run("torch", resume_with="torch")
+    assert resumed_figures == figures and torch.equal(resumed_weights, weights)
+
+
+def test_a_gradient_that_is_not_finite_shows_in_the_norm() -> None:
+    _, engine = engine_of("torch")
+    loss, _ = engine(torch.full((2, 5), float("inf")), torch.zeros(2, 3))
+    engine.backward(loss * float("nan"), last=True)
+    assert not engine.gradient_norm() < float("inf")
+
+
+def test_another_number_of_processes_than_the_recipes_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"runtime\.processes=3 but 1 are running"):
+        join_ranks(RuntimeRecipe(processes=3))
+
+
+@pytest.mark.slow
+def test_deepspeed_gives_the_losses_of_torch_and_each_resumes_from_the_other() -> None:
+    figures, weights = run("torch")
+    for first, second in (("deepspeed", None), ("deepspeed", "torch"), ("torch", "deepspeed")):
+        other_figures, other_weights = run(first, second)
+        assert other_figures == pytest.approx(figures, rel=1e-5)
+        torch.testing.assert_close(other_weights, weights, rtol=1e-4, atol=1e-6)
+    resumed_figures, resumed_weights = run("deepspeed", "deepspeed")
+    deepspeed_figures, deepspeed_weights = run("deepspeed")
+    assert resumed_figures == deepspeed_figures and torch.equal(resumed_weights, deepspeed_weights)
+    _, engine = engine_of("deepspeed")
+    loss, _ = engine(torch.full((2, 5), float("inf")), torch.zeros(2, 3))
+    engine.backward(loss * float("nan"), last=True)
+    assert not engine.gradient_norm() < float("inf")
+
+
+@pytest.mark.slow
+def test_two_gloo_ranks_have_the_losses_of_one_process_with_the_same_window(tmp_path: Path) -> None:
+    inputs = write_inputs(tmp_path / "inputs")
+    logged = []
+    for processes, accumulation in ((1, 4), (2, 2)):
+        changes = {"stage2.max_updates": 3, "stage2.epochs": 9, "stage2.accumulation": accumulation}
+        recipe = tiny.recipe(**{**changes, "runtime.processes": processes})
+        progress = Listening()
+        report = build_stage2(context("stage2_valr_s", recipe, inputs, tmp_path / str(processes), progress))
+        names = ("loss", "ce", "alignment/dinov3", "control/dinov3", "gradient_norm", "learning_rate")
+        logged.append([progress.logged[update][name] for update in (1, 2, 3) for name in names])
+        logged[-1] += [float(report.summary[f"validation/{name}"]) for name in names[:4]]
+        assert sorted(content(tmp_path / str(processes) / "out"))[-2:] == [
+            "tokenizer_config.json",
+            "training_log.parquet",
+        ]
+    assert logged[1] == pytest.approx(logged[0], rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_sigterm_reaches_all_launched_ranks_and_they_go_on_together(tmp_path: Path) -> None:
+    inputs = write_inputs(tmp_path / "inputs")
+    changes = {"stage2.max_updates": 40, "stage2.epochs": 99, "stage2.accumulation": 1, "runtime.processes": 2}
+
+    def train(name: str, progress: Listening) -> StageReport:
+        return build_stage2(context("stage2_valr_s", tiny.recipe(**changes), inputs, tmp_path / name, progress))
+
+    with pytest.raises(TrainingInterrupted, match="the same command goes on from there"):
+        train("stopped", SignalledAt(3))
+    report = train("stopped", resumed := Listening())
+    assert 3 < min(resumed.logged) < 40
+    whole = train("whole", Listening())
+    assert report.summary == whole.summary
+    assert content(tmp_path / "stopped" / "out") == content(tmp_path / "whole" / "out")
+
+
+@pytest.mark.slow
+def test_what_a_launched_rank_raises_arrives_in_its_own_words(tmp_path: Path) -> None:
+    inputs = write_inputs(tmp_path / "inputs")
+    recipe = tiny.recipe(**{"runtime.processes": 2, "stage2.precision": "bfloat16"})
+    with pytest.raises(RankError, match="precision=bfloat16 needs") as error:
+        build_stage2(context("stage2_valr_s", recipe, inputs, tmp_path))
+    assert error.value.exit_status == 42

@@ -1,0 +1,302 @@
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests import tiny
+from tests.training.inputs import (
+    DIMENSION,
+    GRID,
+    DyingAt,
+    Listening,
+    SignalledAt,
+    content,
+    context,
+    sequences,
+    write_inputs,
+)
+from valr_ops.data.batching import Collator
+from valr_ops.data.rewriting import write_sequences
+from valr_ops.model.alignment import Projectors
+from valr_ops.recipe.recipe import Recipe, RecipeError
+from valr_ops.store.artifacts import StageReport
+from valr_ops.training.engine import Ranks
+from valr_ops.training.loop import TrainingError, build_stage1, build_stage2
+from valr_ops.training.objective import Counts, Objective
+from valr_ops.training.stop import RESUME_EXIT_CODE, TrainingInterrupted
+from valr_ops.training.windows import Share
+
+LEARNING = {
+    "stage2.max_updates": 30,
+    "stage2.epochs": 20.5,
+    "stage2.schedule": "constant",
+    "stage2.learning_rate": 1e-2,
+    "stage2.projector_learning_rate": 1e-2,
+    "alignment.projector_width": 64,
+}
+FIVE_UPDATES = {"stage2.max_updates": 5, "stage2.epochs": 9, "stage2.checkpoint_every": 2}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def stage2(
+    inputs: dict[str, Path], root: Path, progress: Listening | None = None, **changes: object
+) -> tuple[StageReport, Listening]:
+    progress = progress or Listening()
+    recipe = tiny.recipe(**{**FIVE_UPDATES, **changes})
+    return build_stage2(context("stage2_valr_s", recipe, inputs, root, progress)), progress
+
+
+@pytest.fixture(scope="module")
+def whole(inputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[StageReport, dict[str, bytes]]:
+    """Report and files of a run that nothing interrupted."""
+    root = tmp_path_factory.mktemp("uninterrupted")
+    report, _ = stage2(inputs, root)
+    return report, content(root / "out")
+
+
+def changed(before: Path, after: Path) -> set[str]:
+    """Names of the tensors of two model folders that differ."""
+    old, new = load_file(before / "model.safetensors"), load_file(after / "model.safetensors")
+    assert set(old) == set(new)
+    return {name for name in old if not torch.equal(old[name], new[name])}
+
+
+# ----------------------------------------------------------------------------------------------------- the two stages
+
+
+def test_stage_1_trains_the_decoder_without_latents_and_leaves_the_tower_alone(
+    inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    recipe = tiny.recipe(**{"stage1.epochs": 6, "stage1.schedule": "constant"})
+    progress = Listening()
+    report = build_stage1(context("stage1_sft", recipe, inputs, tmp_path, progress))
+    losses = [progress.logged[update]["ce"] for update in sorted(progress.logged)]
+    assert len(losses) == report.summary["updates"] == 12
+    assert losses[-1] < 0.8 * losses[0]
+    assert report.summary["validation/ce"] < losses[0]  # type: ignore[operator]
+    moved = changed(inputs["base_model"], tmp_path / "out")
+    assert not any("visual" in name for name in moved)
+    assert {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"} <= moved
+    assert all(row["latent_norm_ratio"] == 0 == row["aligned_segments"] for row in progress.logged.values())
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["valr"]["stage"] == 1
+    assert not (tmp_path / "out" / "projectors.safetensors").exists()
+
+
+def test_stage_2_aligns_latents_to_their_own_image_more_than_to_another(
+    inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    report, progress = stage2(inputs, tmp_path, **LEARNING)
+    first, last = progress.logged[1], progress.logged[30]
+    assert last["alignment/dinov3"] > first["alignment/dinov3"] + 0.2
+    assert last["alignment/dinov3"] > last["control/dinov3"] + 0.1
+    assert last["loss"] == pytest.approx(last["ce"] - 0.5 * last["alignment/dinov3"])
+    assert {"tokens_per_second", "samples_per_second", "data_wait_share", "gradient_norm"} <= set(last)
+    assert report.checks[0].name == "losses_are_finite" and report.checks[0].passed
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())["valr"]
+    assert {"stage": 2, "slots": 4, "block": 1, "control_tokens": "outside"}.items() <= settings.items()
+    projectors = load_file(tmp_path / "out" / "projectors.safetensors")
+    assert all(name.startswith("dinov3.") for name in projectors)
+    assert not any("projector" in name for name in load_file(tmp_path / "out" / "model.safetensors"))
+
+
+def test_the_log_of_the_artifact_has_a_row_an_update_and_no_clock(
+    whole: tuple[StageReport, dict[str, bytes]], tmp_path: Path
+) -> None:
+    _, files = whole
+    (tmp_path / "log.parquet").write_bytes(files["training_log.parquet"])
+    table = pq.read_table(tmp_path / "log.parquet")
+    assert table["update"].to_pylist() == [1, 2, 3, 4, 5]
+    assert not [name for name in table.column_names if "second" in name or "share" in name]
+    assert files["loss.png"].startswith(b"\x89PNG") and b"Software" not in files["loss.png"]
+
+
+def test_lambda_0_keeps_the_latents_and_needs_no_teacher(inputs: dict[str, Path], tmp_path: Path) -> None:
+    without = {name: path for name, path in inputs.items() if not name.startswith("teacher")}
+    report, progress = stage2(without, tmp_path, **{"alignment.weight": 0.0, "stage2.max_updates": 1})
+    row = progress.logged[1]
+    assert row["loss"] == row["ce"] and row["latent_norm_ratio"] > 0
+    assert not [name for name in row if name.startswith(("alignment", "control"))]
+    assert not (tmp_path / "out" / "projectors.safetensors").exists()
+    assert report.summary["updates"] == 1
+
+
+def test_several_teachers_weigh_the_same(tmp_path: Path) -> None:
+    inputs = write_inputs(tmp_path / "inputs", teachers=("dinov3", "siglip2"))
+    teacher = {"architecture": "timm", "model": "vit_base_patch16_siglip_256", "image_pixels": 64}
+    changes = {"teachers.siglip2": teacher, "alignment.teachers": ["dinov3", "siglip2"], "stage2.max_updates": 1}
+    _, progress = stage2(inputs, tmp_path, **changes)
+    row = progress.logged[1]
+    mean = (row["alignment/dinov3"] + row["alignment/siglip2"]) / 2
+    assert row["loss"] == pytest.approx(row["ce"] - 0.5 * mean)
+
+
+# ------------------------------------------------------------------------------------------------------ normalisation
+
+
+def gradient(recipe: Recipe, sizes: tuple[int, ...]) -> tuple[float, torch.Tensor]:
+    """Loss and gradient of one window of eight records cut into micro-batches of `sizes`, in float64."""
+    model = tiny.model(dtype=torch.float64)
+    torch.manual_seed(1)
+    projectors = Projectors({"dinov3": DIMENSION}, model.lm_head.in_features, recipe.alignment).double()
+    objective = Objective(model, projectors, recipe)
+    collate = Collator(tiny.images(), tiny.processor(), recipe.latents)
+    generator = torch.Generator().manual_seed(2)
+    features = {name: torch.randn(*GRID, DIMENSION, generator=generator).double() for name in ("a", "b", "wide")}
+    shares, start = [], 0
+    for size in sizes:
+        batch = collate(sequences()[start : start + size])
+        start += size
+        of_targets = [None if target is None else features[target[0]] for target in batch.targets]
+        shares.append(Share(batch, {"dinov3": of_targets}))
+    counts = Counts.of(shares, Ranks(0, 1, torch.device("cpu")))
+    total = 0.0
+    for share in shares:
+        loss, _ = objective(share.batch, share.features, counts)
+        loss.backward()
+        total += loss.item()
+    gradients = [parameter.grad.flatten() for parameter in objective.parameters() if parameter.grad is not None]
+    return total, torch.cat(gradients)
+
+
+def test_one_batch_of_eight_gives_the_gradient_of_four_of_two_and_of_ragged_ones() -> None:
+    loss, whole = gradient(tiny.recipe(), (8,))
+    for sizes in ((2, 2, 2, 2), (1, 5, 2)):
+        other_loss, parts = gradient(tiny.recipe(), sizes)
+        assert other_loss == pytest.approx(loss, rel=1e-6)
+        assert torch.linalg.vector_norm(parts - whole) < 1e-6 * torch.linalg.vector_norm(whole)
+
+
+def test_a_run_with_one_batch_of_eight_has_the_losses_of_four_of_two(inputs: dict[str, Path], tmp_path: Path) -> None:
+    rows = []
+    for micro_batch, accumulation in ((8, 1), (2, 4)):
+        sizes = {"stage2.micro_batch": micro_batch, "stage2.accumulation": accumulation, "stage2.max_updates": 3}
+        report, progress = stage2(inputs, tmp_path / str(micro_batch), **sizes)
+        names = ("loss", "ce", "alignment/dinov3", "gradient_norm", "supervised_tokens", "aligned_segments")
+        rows.append([progress.logged[update][name] for update in (1, 2, 3) for name in names])
+        rows[-1].append(report.summary["validation/loss"])  # type: ignore[arg-type]
+    assert rows[0] == pytest.approx(rows[1], rel=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------- bad numbers
+
+
+def test_a_step_that_is_not_finite_names_its_records_and_publishes_nothing(tmp_path: Path) -> None:
+    inputs = write_inputs(tmp_path / "inputs")
+    shard = inputs["teacher_features_dinov3"] / "features-00000.safetensors"
+    index = json.loads((shard.parent / "index.json").read_text())["targets"]
+    features = load_file(shard)["features"]
+    poisoned = next(place for place, target in enumerate(index) if target["digest"] == "wide")
+    features[poisoned] = float("nan")
+    save_file({"features": features}, shard)
+    with pytest.raises(TrainingError, match=r"update 1: loss is nan.*The weights were not changed") as error:
+        stage2(inputs, tmp_path, **{"stage2.micro_batch": 1, "stage2.accumulation": 8})
+    about_wide = {one.id for one in sequences()[:8] if "wide" in one.image_digests}
+    named = {one.id for one in sequences() if one.id in str(error.value)}
+    assert named == about_wide
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_bfloat16_on_the_cpu_is_refused_with_the_fix(inputs: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="set precision to float32"):
+        stage2(inputs, tmp_path, **{"stage2.precision": "bfloat16"})
+
+
+def test_a_corpus_without_held_out_records_has_no_validation_loss(tmp_path: Path) -> None:
+    inputs = write_inputs(tmp_path / "inputs")
+    all_for_training = [replace(sequence, split="train") for sequence in sequences()]
+    write_sequences(all_for_training, inputs["latent_corpus"] / "sequences.parquet")
+    report, progress = stage2(inputs, tmp_path, **{"stage2.max_updates": 1})
+    assert not [name for name in report.summary if name.startswith("validation")]
+    assert any("no sequence is held out" in line for line in progress.said)
+
+
+# ------------------------------------------------------------------------------------------------------------ resume
+
+
+@pytest.mark.parametrize("step", [1, 5])
+def test_a_run_that_died_goes_on_to_the_same_bytes(
+    step: int, inputs: dict[str, Path], tmp_path: Path, whole: tuple[StageReport, dict[str, bytes]]
+) -> None:
+    with pytest.raises(MemoryError):
+        stage2(inputs, tmp_path, DyingAt(step))
+    assert not list((tmp_path / "out").iterdir())
+    report, progress = stage2(inputs, tmp_path)
+    assert min(progress.logged) == {1: 1, 5: 5}[step]
+    assert (report.summary, content(tmp_path / "out")) == (whole[0].summary, whole[1])
+    assert len(str(report.summary["token_digest"])) == 64
+
+
+def test_sigterm_ends_the_update_writes_a_checkpoint_and_asks_for_a_resume(
+    inputs: dict[str, Path], tmp_path: Path, whole: tuple[StageReport, dict[str, bytes]]
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(TrainingInterrupted, match="after update 3 of 5") as interrupted:
+        stage2(inputs, tmp_path, SignalledAt(3))
+    assert interrupted.value.exit_status == RESUME_EXIT_CODE == 75
+    assert signal.getsignal(signal.SIGTERM) is before
+    report, progress = stage2(inputs, tmp_path)
+    assert min(progress.logged) == 4
+    assert (report.summary, content(tmp_path / "out")) == (whole[0].summary, whole[1])
+
+
+def test_checkpoints_of_another_recipe_or_other_inputs_are_left_aside_in_words(
+    inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(MemoryError):
+        stage2(inputs, tmp_path, DyingAt(4))
+    with pytest.raises(MemoryError):
+        stage2(inputs, tmp_path, listening := DyingAt(1), **{"stage2.learning_rate": 1e-4})
+    assert any("belongs to another recipe or other inputs" in line for line in listening.said)
+    elsewhere = {**inputs, "stage1_sft": tmp_path / "another_model"}
+    elsewhere["stage1_sft"].mkdir()
+    for name, data in content(inputs["base_model"]).items():
+        (elsewhere["stage1_sft"] / name).write_bytes(data)
+    weights = load_file(elsewhere["stage1_sft"] / "model.safetensors")
+    weights["lm_head.weight"] = weights["lm_head.weight"] + 1
+    save_file(weights, elsewhere["stage1_sft"] / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(MemoryError):
+        stage2(elsewhere, tmp_path, listening := DyingAt(1))
+    assert any("belongs to another recipe or other inputs" in line for line in listening.said)
+
+
+def test_a_run_goes_on_with_the_window_divided_in_another_way(inputs: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(MemoryError):
+        stage2(inputs, tmp_path, DyingAt(4))
+    _, progress = stage2(inputs, tmp_path, **{"stage2.micro_batch": 1, "stage2.accumulation": 4})
+    assert min(progress.logged) == 3
+
+
+@pytest.mark.slow
+def test_kill_9_at_any_moment_and_running_again_gives_the_same_bytes(
+    inputs: dict[str, Path], tmp_path: Path, whole: tuple[StageReport, dict[str, bytes]]
+) -> None:
+    script = (
+        "import sys, json; from pathlib import Path; from tests import tiny; from tests.training.inputs import context;"
+        "from valr_ops.training.loop import build_stage2;"
+        "inputs = {name: Path(path) for name, path in json.loads(sys.argv[1]).items()};"
+        f"recipe = tiny.recipe(**{FIVE_UPDATES!r}); root = Path(sys.argv[2]);"
+        "build_stage2(context('stage2_valr_s', recipe, inputs, root))"
+    )
+    given = json.dumps({name: str(path) for name, path in inputs.items()})
+    command = [sys.executable, "-c", script, given, str(tmp_path)]
+    killed = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    while killed.poll() is None and not list((tmp_path / "work").glob("checkpoint-*")):
+        time.sleep(0.01)
+    killed.kill()
+    assert killed.wait() == -signal.SIGKILL
+    subprocess.run(command, check=True)
+    assert content(tmp_path / "out") == whole[1]

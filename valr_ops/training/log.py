@@ -1,0 +1,112 @@
+"""What training writes down: one row an update, the plot of it, and what people read.
+
+In: figures of every update. Out: `training_log.parquet` and `loss.png`, equal bytes for equal runs.
+Always: `alignment/<teacher>` is the mean cosine to the segment's own features, `control/<teacher>` the same cosine to
+another image's; the loss contains the negative of the first. Clocks never enter a row.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from matplotlib.figure import Figure
+
+Row = dict[str, float]
+"""One update: the columns, and nothing else."""
+_WHOLE_NUMBERS = ("update", "supervised_tokens", "aligned_segments")
+
+
+class Clock:
+    """Seconds and rates of this process's updates; they go to people and trackers, never into the artifact."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+        self._seconds = self._waited = self._tokens = self._records = 0.0
+
+    def lap(self, tokens: float, records: int, waited: float) -> dict[str, float]:
+        """The rates of the update that ends now, which read `tokens` and `records` after waiting `waited` seconds."""
+        now = time.monotonic()
+        seconds, self._last = max(now - self._last, 1e-9), now
+        self._seconds += seconds
+        self._waited += waited
+        self._tokens += tokens
+        self._records += records
+        return self._rates(seconds, waited, tokens, records)
+
+    def totals(self) -> dict[str, float]:
+        """The same over all laps, and their seconds; empty if there were none."""
+        if not self._seconds:
+            return {}
+        rates = self._rates(self._seconds, self._waited, self._tokens, self._records)
+        return {"training_seconds": self._seconds, **rates}
+
+    @staticmethod
+    def _rates(seconds: float, waited: float, tokens: float, records: float) -> dict[str, float]:
+        return {
+            "tokens_per_second": tokens / seconds,
+            "samples_per_second": records / seconds,
+            "data_wait_share": min(waited / seconds, 1.0),
+        }
+
+
+def columns(teachers: Sequence[str]) -> list[str]:
+    """Names of the log's columns."""
+    return [
+        "update",
+        "loss",
+        "ce",
+        *(f"{kind}/{teacher}" for teacher in teachers for kind in ("alignment", "control")),
+        "gradient_norm",
+        "learning_rate",
+        "latent_norm_ratio",
+        "supervised_tokens",
+        "aligned_segments",
+    ]
+
+
+def write_log(rows: Sequence[Row], teachers: Sequence[str], path: Path) -> None:
+    """Write the rows as parquet: whole numbers int64, everything else float64."""
+    table = {
+        name: pa.array([int(row[name]) if name in _WHOLE_NUMBERS else row[name] for row in rows])
+        for name in columns(teachers)
+    }
+    pq.write_table(pa.table(table), path, row_group_size=4096)
+
+
+def plot(rows: Sequence[Row], teachers: Sequence[str], path: Path) -> None:
+    """Cross-entropy over updates, and beside it each teacher's cosine with its control as a thin line."""
+    at = [row["update"] for row in rows]
+    figure = Figure(figsize=(9 if teachers else 5, 3.2), layout="constrained")
+    axes = figure.subplots(1, 2 if teachers else 1, squeeze=False)[0]
+    axes[0].plot(at, [row["ce"] for row in rows], color="tab:blue")
+    axes[0].set(xlabel="update", ylabel="cross-entropy (nats a token)", ylim=(0, None))
+    for number, teacher in enumerate(teachers):
+        colour = f"C{number}"
+        axes[1].plot(at, [row[f"alignment/{teacher}"] for row in rows], color=colour, label=teacher)
+        control = [row[f"control/{teacher}"] for row in rows]
+        axes[1].plot(at, control, color=colour, linewidth=0.8, linestyle="--", label=f"{teacher}, another image")
+    if teachers:
+        axes[1].set(xlabel="update", ylabel="cosine to teacher features")
+        axes[1].legend(fontsize="small")
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def not_finite(rows: Sequence[Row], validation: Mapping[str, float]) -> list[str]:
+    """What is not finite, in words; empty when all is well."""
+    wrong = [f"{name} in update {row['update']:.0f}" for row in rows for name in row if not math.isfinite(row[name])]
+    return wrong + [name for name, value in validation.items() if not math.isfinite(value)]
+
+
+def table(row: Row, validation: Mapping[str, float], teachers: Sequence[str]) -> str:
+    """Markdown: the last update beside the validation split."""
+    names = ["ce", *(f"{kind}/{teacher}" for teacher in teachers for kind in ("alignment", "control"))]
+    lines = ["| | last update | validation |", "| --- | --- | --- |"]
+    for name in names:
+        held_out = validation.get(f"validation/{name}")
+        lines.append(f"| {name} | {row[name]:.4f} | {'none' if held_out is None else f'{held_out:.4f}'} |")
+    return "\n".join(lines)

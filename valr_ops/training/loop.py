@@ -1,0 +1,330 @@
+"""The training of both stages: one loop, a straight line.
+
+In: the rewritten corpus, a model to start from, and for stage 2 the features of the teachers. Out: a Hugging Face
+folder of the trained model, with `projectors.safetensors`, `training_log.parquet` and `loss.png` beside it.
+The vision encoder is frozen with its merger, which belongs to it (paper: "vision encoder"); blocks, embeddings and head
+are trained. Each stage starts with a fresh optimizer (paper silent).
+Always: a step that is not finite never reaches the weights, and a run that was killed goes on bit for bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+
+from valr_ops.data.batching import BatchingError, Collator, order, read_sequences
+from valr_ops.data.corpus import ImageStore
+from valr_ops.data.rewriting import Sequence
+from valr_ops.model import checkpoint
+from valr_ops.model.alignment import Projectors
+from valr_ops.model.qwen import load_model, save_model
+from valr_ops.recipe.recipe import Recipe, TrainingRecipe
+from valr_ops.store.artifacts import Check, StageContext, StageReport
+from valr_ops.store.progress import Progress
+from valr_ops.teachers.features import FeatureStore
+from valr_ops.torchvision_guard import ensure_torchvision
+from valr_ops.training import launch, log, schedule
+from valr_ops.training.engine import DeepSpeedEngine, TorchEngine, join_ranks, make_engine
+from valr_ops.training.objective import Counts, Objective
+from valr_ops.training.stop import StopSignals, TrainingInterrupted
+from valr_ops.training.windows import Share, Windows
+
+ensure_torchvision()
+
+from transformers import Qwen2_5_VLForConditionalGeneration  # noqa: E402
+
+Engine = TorchEngine | DeepSpeedEngine
+
+
+class TrainingError(RuntimeError):
+    """A step that is not finite: the message names the records and what to change."""
+
+
+def build_stage1(context: StageContext) -> StageReport:
+    """The stage `stage1_sft`: chain-of-thought fine-tuning without latents, from the base model.
+
+    Raises:
+        TrainingError: a loss or a gradient is not finite.
+        TrainingInterrupted: a signal came; the same call goes on from the checkpoint in ``context.work``.
+        RecipeError: a recipe that does not fit the model or the machine.
+    """
+    if launch.must_launch(context):
+        return launch.run_ranks(context, f"{__name__}:build_stage1")
+    return _build(context, stage=1, training=context.recipe.stage1, start="base_model")
+
+
+def build_stage2(context: StageContext) -> StageReport:
+    """A stage-2 model: latents between the steps, aligned to the recipe's teachers, from stage 1. Raises as stage 1."""
+    if launch.must_launch(context):
+        return launch.run_ranks(context, f"{__name__}:build_stage2")
+    return _build(context, stage=2, training=context.recipe.stage2, start="stage1_sft")
+
+
+@dataclass
+class Done:
+    """What a checkpoint holds beside the tensors."""
+
+    updates: int = 0
+    """Updates done."""
+    token_digest: str = ""
+    """SHA-256 over the ids of all records read, in the order in which they were drawn."""
+    rows: list[log.Row] = field(default_factory=list)
+    """The log so far."""
+
+
+def train(
+    engine: Engine,
+    objective: Objective,
+    windows: Windows,
+    recipe: TrainingRecipe,
+    updates: int,
+    seed: int,
+    done: Done,
+    save: Callable[[], None],
+    clock: log.Clock,
+    progress: Progress,
+) -> None:
+    """Do the updates that `done` lacks, writing into `done` and `clock`; `save` makes a checkpoint of it.
+
+    Raises:
+        TrainingError: a loss or gradient that is not finite; the weights are those before the step.
+        TrainingInterrupted: a signal came; the checkpoint is written.
+    """
+    ranks = engine.ranks
+    with StopSignals() as stop:
+        coming = windows.ahead(done.updates, updates)
+        for window, waited in progress.track(coming, "updates", total=updates, done=done.updates):
+            # Nothing here draws random numbers yet; a pure function of the update stays the same over a resume.
+            torch.manual_seed(seed * 1_000_003 + done.updates)
+            counts = Counts.of(window.shares, ranks)
+            losses, sums = [], []
+            for number, share in enumerate(window.shares, start=1):
+                loss, figures = engine(share.batch.to(ranks.device), share.features, counts)
+                engine.backward(loss, last=number == len(window.shares))
+                losses.append(loss.item())
+                sums.append(figures)
+            factor = schedule.learning_rate_factor(done.updates, updates, recipe)
+            row = {
+                "update": done.updates + 1,
+                **objective.means(sums, ranks),
+                "gradient_norm": engine.gradient_norm(),
+                "learning_rate": factor * recipe.learning_rate,
+                "supervised_tokens": counts.supervised_tokens,
+                "aligned_segments": counts.aligned_segments,
+            }
+            check_finite(row, losses, window.shares)
+            engine.step(factor)
+            done.updates += 1
+            done.token_digest = hashlib.sha256(done.token_digest.encode() + window.token_ids).hexdigest()
+            if done.updates % recipe.log_every == 0 or done.updates == updates:
+                done.rows.append(row)
+            progress.log(done.updates, row | clock.lap(counts.positions, windows.records, waited))
+            stopping = ranks.sum([stop.requested()])[0] > 0
+            if stopping or done.updates % recipe.checkpoint_every == 0 or done.updates == updates:
+                save()
+            if stopping:
+                raise TrainingInterrupted(
+                    f"stopped by a signal after update {done.updates} of {updates}, with a checkpoint; "
+                    "the same command goes on from there"
+                )
+
+
+def check_finite(row: log.Row, losses: list[float], shares: list[Share]) -> None:
+    """Raise `TrainingError` if the loss or the gradient of a window is not finite, on every rank alike."""
+    wrong = [name for name in ("loss", "gradient_norm") if not math.isfinite(row[name])]
+    if not wrong:
+        return
+    bad = [share for share, loss in zip(shares, losses, strict=True) if not math.isfinite(loss)]
+    records = ", ".join(name for share in bad or shares for name in share.batch.record_ids)
+    where = "the records" if bad else "a window whose losses are finite on this rank, with the records"
+    raise TrainingError(
+        f"update {row['update']:.0f}: {', '.join(f'{name} is {row[name]}' for name in wrong)} in {where} {records}. "
+        "The weights were not changed. Look at these records, or lower this stage's learning_rate"
+    )
+
+
+def validate(engine: Engine, objective: Objective, windows: Windows, sequences: list[Sequence]) -> dict[str, float]:
+    """Loss and its parts over `sequences`, by ``validation/<name>``; nothing where there are none."""
+    if not sequences:
+        return {}
+    sums = []
+    with torch.no_grad():
+        for share in windows.every(sequences):
+            counts = Counts(share.supervised_tokens, share.aligned_segments, share.positions)
+            sums.append(engine(share.batch.to(engine.ranks.device), share.features, counts)[1])
+    means = objective.means(sums, engine.ranks)
+    return {f"validation/{name}": value for name, value in means.items() if name != "latent_norm_ratio"}
+
+
+def _build(context: StageContext, stage: Literal[1, 2], training: TrainingRecipe, start: str) -> StageReport:
+    recipe, inputs = context.recipe, context.inputs
+    ranks = join_ranks(recipe.runtime)
+    progress = context.progress if ranks.first else Progress()
+    torch.set_num_threads(recipe.runtime.threads)
+    torch.manual_seed(recipe.seed)
+    model: Qwen2_5_VLForConditionalGeneration
+    model, processor = load_model(inputs[start], str(ranks.device), "float32")
+    # Activations of a long record are the largest thing on a GPU after the optimizer's state.
+    model.model.language_model.gradient_checkpointing = ranks.device.type == "cuda"
+    aligned = stage == 2 and recipe.alignment.weight > 0
+    stores = {name: FeatureStore(inputs[f"teacher_features_{name}"]) for name in recipe.alignment.teachers if aligned}
+    dimensions = {name: store.dim for name, store in stores.items()}
+    width = model.lm_head.in_features
+    projectors = Projectors(dimensions, width, recipe.alignment).to(ranks.device) if aligned else None
+    objective = Objective(model, projectors, recipe)
+    groups = schedule.parameter_groups(model.parameters(), projectors.parameters() if projectors else (), training)
+    engine = make_engine(objective, groups, training, ranks)
+
+    sequences = read_sequences(inputs["latent_corpus"], "train")
+    updates = schedule.updates(training, len(sequences), ranks.size)
+    if training.records is not None:
+        # Fewer records, seen more often in the same number of updates (figure 3).
+        sequences = [sequences[place] for place in order(len(sequences), recipe.seed, 0)[: training.records]]
+    images = ImageStore(inputs["cot_corpus"] / "images.parquet")
+    windows = Windows(
+        sequences,
+        Collator(images, processor, recipe.latents if stage == 2 else None),
+        stores,
+        micro_batch=training.micro_batch,
+        accumulation=training.accumulation,
+        seed=recipe.seed,
+        ranks=ranks,
+    )
+    fingerprint = _fingerprint(context, stage, training)
+    done = _resume(engine, context.work, fingerprint, progress)
+    progress.say(
+        f"{len(sequences)} sequences, {updates} updates of {windows.records}, {ranks.size} process(es), {engine.name}"
+    )
+    clock = log.Clock()
+    train(
+        engine,
+        objective,
+        windows,
+        training,
+        updates,
+        recipe.seed,
+        done,
+        save=lambda: _save_checkpoint(engine, context.work, fingerprint, done),
+        clock=clock,
+        progress=progress,
+    )
+    validation = validate(engine, objective, windows, _validation_sequences(inputs["latent_corpus"], progress))
+    if ranks.first:
+        if training.precision == "bfloat16":
+            model.bfloat16()
+        save_model(model, processor, context.out, _settings(recipe, stage))
+        if projectors is not None:
+            tensors = {name: tensor.float().cpu().contiguous() for name, tensor in projectors.state_dict().items()}
+            save_file(tensors, context.out / "projectors.safetensors")
+        log.write_log(done.rows, objective.teachers, context.out / "training_log.parquet")
+        log.plot(done.rows, objective.teachers, context.out / "loss.png")
+    ranks.wait()
+    return _report(done, validation, objective, windows, clock)
+
+
+def _settings(recipe: Recipe, stage: int) -> dict[str, Any]:
+    """What generation must know about how the model was trained."""
+    if stage == 1:
+        return {"stage": 1}
+    slots = {"slots": recipe.latents.slots, "control_tokens": recipe.latents.control_tokens}
+    return {"stage": 2, "block": recipe.alignment.block, **slots}
+
+
+def _validation_sequences(latent_corpus: Path, progress: Progress) -> list[Sequence]:
+    try:
+        return read_sequences(latent_corpus, "validation")
+    except BatchingError:
+        progress.say("no sequence is held out, so there is no validation loss (data.validation_fraction)")
+        return []
+
+
+def _report(
+    done: Done, validation: dict[str, float], objective: Objective, windows: Windows, clock: log.Clock
+) -> StageReport:
+    last, teachers = done.rows[-1], objective.teachers
+    wrong = log.not_finite(done.rows, validation)
+    detail = f"not finite: {', '.join(wrong[:5])}" if wrong else f"all losses of {done.updates} updates are finite"
+    trained = sum(parameter.numel() for parameter in objective.parameters() if parameter.requires_grad)
+    return StageReport(
+        summary={
+            "updates": done.updates,
+            "records_per_update": windows.records,
+            "supervised_tokens_last_update": int(last["supervised_tokens"]),
+            "trained_parameters": trained,
+            "token_digest": done.token_digest,
+            **{name: last[name] for name in last if name.split("/")[0] in ("loss", "ce", "alignment", "control")},
+            **validation,
+        },
+        tables={"Training": log.table(last, validation, teachers)},
+        plots=("loss.png",),
+        checks=(Check("losses_are_finite", not wrong, detail, {"not_finite": wrong}),),
+        timings=clock.totals(),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ checkpoints
+
+
+def _save_checkpoint(engine: Engine, work: Path, fingerprint: str, done: Done) -> None:
+    """All ranks give their share of the state; the first one writes it."""
+    tensors = engine.state()
+    if engine.ranks.first:
+        checkpoint.write(work, done.updates, tensors, {"fingerprint": fingerprint, "done": asdict(done)})
+    else:
+        for _ in tensors:
+            pass
+    engine.ranks.wait()
+
+
+def _resume(engine: Engine, work: Path, fingerprint: str, progress: Progress) -> Done:
+    found = checkpoint.newest(work, fingerprint, progress.say)
+    if found is None:
+        return Done()
+    done = Done(**found.state["done"])
+    engine.load_state(found.tensors(), done.updates)
+    progress.say(f"going on after update {done.updates}, from {found.folder.name}")
+    return done
+
+
+def _fingerprint(context: StageContext, stage: int, training: TrainingRecipe) -> str:
+    """Equal for runs that go through the same states: recipe, inputs, and the records of each window.
+
+    Left out is how a window is divided and how often a checkpoint is written, so that a run may go on with another
+    number of processes, as long as micro_batch x accumulation x processes stays.
+    """
+    recipe = context.recipe
+    parts = {
+        "stage": context.stage,
+        "seed": recipe.seed,
+        "training": training.model_dump(exclude={"micro_batch", "accumulation", "checkpoint_every", "engine"}),
+        "records_per_update": schedule.records_per_update(training, recipe.runtime.processes),
+        "latents": recipe.latents.model_dump() if stage == 2 else None,
+        "alignment": recipe.alignment.model_dump() if stage == 2 else None,
+        "inputs": {name: _likeness(path) for name, path in sorted(context.inputs.items())},
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _likeness(artifact: Path, ends_bytes: int = 2**20) -> str:
+    """A digest of an artifact's file names, sizes, and the first and last MiB of each file.
+
+    The runner holds inputs against their full digests; this only has to notice that an input was made again between a
+    kill and the resume, without reading a terabyte of features.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(path for path in artifact.rglob("*") if path.is_file()):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(artifact).as_posix()} {size}\n".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(ends_bytes))
+            file.seek(max(ends_bytes, size - ends_bytes))
+            digest.update(file.read())
+    return digest.hexdigest()

@@ -1,0 +1,102 @@
+"""What is minimised: the cross-entropy of the text, and minus the cosine of the latents to the teachers' features.
+
+In: a micro-batch with its teacher features, and the counts of the window that it is a part of. Out: its share of
+
+    loss of a window = sum CE / supervised tokens  -  weight * mean over teachers (sum cosine / aligned segments)
+
+and the sums behind it. Always: counts are those of the whole window on all ranks, so that micro-batch, accumulation and
+number of processes change nothing (the paper, section 3.3, gives the sum and is silent on its normalisation).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from valr_ops.data.batching import Batch
+from valr_ops.model import latents
+from valr_ops.model.alignment import Projectors, alignment_loss
+from valr_ops.recipe.recipe import Recipe
+from valr_ops.torchvision_guard import ensure_torchvision
+from valr_ops.training.engine import Ranks
+from valr_ops.training.log import Row
+from valr_ops.training.windows import Features, Share
+
+ensure_torchvision()
+
+from transformers import Qwen2_5_VLForConditionalGeneration  # noqa: E402
+
+Sums = dict[str, tuple[float, int]]
+"""By column of the log: a sum over tokens or segments of a micro-batch, and their number."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a window's sums are divided by, all ranks together."""
+
+    supervised_tokens: float
+    aligned_segments: float
+    positions: float
+    """Tokens and slots that the decoder reads, padding not counted."""
+
+    @classmethod
+    def of(cls, shares: Iterable[Share], ranks: Ranks) -> Counts:
+        """The counts of all ranks' `shares`."""
+        rows = [(share.supervised_tokens, share.aligned_segments, share.positions) for share in shares]
+        return cls(*ranks.sum([sum(column) for column in zip(*rows)] if rows else [0.0, 0.0, 0.0]))
+
+
+class Objective(nn.Module):
+    """What is minimised: the trained model, the projectors, and the loss of a micro-batch.
+
+    Args:
+        projectors: one a teacher; None trains on cross-entropy alone (lambda 0, or stage 1).
+    """
+
+    def __init__(
+        self, model: Qwen2_5_VLForConditionalGeneration, projectors: Projectors | None, recipe: Recipe
+    ) -> None:
+        super().__init__()
+        self.model, self.projectors = model, projectors
+        self._latents, self._alignment = recipe.latents, recipe.alignment
+        self.teachers = [] if projectors is None else list(projectors)
+
+    def forward(self, batch: Batch, features: Features, counts: Counts) -> tuple[Tensor, Sums]:
+        """A micro-batch's share of the window's loss, a scalar with graph, and the sums behind it."""
+        output = latents.forward(
+            self.model,
+            batch,
+            method=self._latents.method,
+            feedback=self._latents.feedback_gradient,
+            block=None if self.projectors is None else self._alignment.block,
+        )
+        loss = output.loss_sum / max(counts.supervised_tokens, 1)
+        segments = len(batch.targets)
+        sums: Sums = {
+            "ce": (output.loss_sum.item(), output.token_count),
+            "latent_norm_ratio": (output.norm_ratio * segments, segments),
+        }
+        if self.projectors is not None:
+            aligned = alignment_loss(
+                self.projectors, output.states, features, batch.targets, upsample=self._alignment.upsample
+            )
+            in_window = dict.fromkeys(self.teachers, max(int(counts.aligned_segments), 1))
+            loss = loss + self._alignment.weight * aligned.loss(in_window)
+            for teacher, part in aligned.teachers.items():
+                sums[f"alignment/{teacher}"] = (-part.loss_sum.item(), part.segments)
+                sums[f"control/{teacher}"] = (part.control_sum, part.control_segments)
+        return loss, sums
+
+    def means(self, sums: list[Sums], ranks: Ranks) -> Row:
+        """Sums over micro-batches and ranks, divided by their counts (0 where nothing was counted), and the loss."""
+        names = [
+            "ce",
+            "latent_norm_ratio",
+            *(f"{kind}/{t}" for t in self.teachers for kind in ("alignment", "control")),
+        ]
+        totals = ranks.sum([sum(one[name][part] for one in sums) for name in names for part in (0, 1)])
+        row = {name: totals[2 * at] / max(totals[2 * at + 1], 1) for at, name in enumerate(names)}
+        aligned = [row[f"alignment/{teacher}"] for teacher in self.teachers]
+        return {"loss": row["ce"] - self._alignment.weight * sum(aligned) / max(len(aligned), 1), **row}
