@@ -1,0 +1,20 @@
+"""The only `Definitions`: assets from the table of stages, jobs, and how stages are run.
+
+Loading this imports neither torch nor transformers, mlflow or great_expectations: every process that Dagster starts
+loads it, so it has to be quick.
+"""
+
+import dagster as dg
+
+from assets.dispatch import StageRunner
+from assets.factory import stage_assets
+from pipelines.jobs import corpus, everything
+
+defs = dg.Definitions(
+    assets=stage_assets,
+    jobs=[everything, corpus],
+    resources={"stages": StageRunner()},
+    executor=dg.multiprocess_executor.configured(
+        {"max_concurrent": 2, "start_method": {"forkserver": {"preload_modules": ["pipelines.definitions"]}}}
+    ),
+)

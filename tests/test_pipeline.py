@@ -1,0 +1,132 @@
+"""Every stage by all three ways, at the smallest scale: the same work, the same digest."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.project import command, copy_project, digests, environment, last_line, valr
+from valr_ops.stages import STAGES
+from valr_ops.workspace import environment as activated
+
+ALL_IN_ONE_PROCESS = (
+    "from valr_ops import runner\nfrom valr_ops.stages import STAGES\nfor row in STAGES: runner.run(row.name)"
+)
+
+
+@pytest.fixture(scope="session")
+def by_verb(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project whose artifacts were all made by ``runner.run``, the function behind ``valr run``."""
+    root = copy_project(tmp_path_factory.mktemp("verb") / "project")
+    command(root, "dvc", "repro", "-q", "recipe")
+    command(root, sys.executable, "-c", ALL_IN_ONE_PROCESS)
+    return root
+
+
+@pytest.fixture(scope="session")
+def other_ways(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two more projects: one made by ``dvc repro``, one by ``dagster asset materialize``, side by side."""
+    roots = {way: copy_project(tmp_path_factory.mktemp(way) / "project") for way in ("dvc", "dagster")}
+
+    def dvc() -> None:
+        command(roots["dvc"], "dvc", "repro", "-q", timeout=400)
+
+    def dagster() -> None:
+        root = roots["dagster"]
+        valr(root, "env")
+        shell = environment(root) | activated(root)
+        words = ["dagster", "asset", "materialize", "--select", "+key:ablation_table"]
+        done = subprocess.run(words, cwd=root, env=shell, capture_output=True, text=True, timeout=400)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+    with ThreadPoolExecutor(2) as pool:
+        for running in [pool.submit(dvc), pool.submit(dagster)]:
+            running.result()
+    return roots
+
+
+@pytest.mark.timeout(600)
+def test_verb_dvc_and_dagster_leave_the_same_digest_for_every_stage(by_verb: Path, other_ways: dict[str, Path]):
+    expected = digests(by_verb)
+    assert set(expected) == {row.name for row in STAGES}
+    assert digests(other_ways["dvc"]) == expected
+    assert digests(other_ways["dagster"]) == expected
+
+
+def test_our_digest_of_a_folder_is_dvcs(by_verb: Path):
+    from valr_ops.store.artifacts import directory_digest, folder
+
+    assert {row.name: directory_digest(folder(by_verb, row.name)) for row in STAGES} == digests(by_verb)
+
+
+def test_nothing_is_made_twice(by_verb: Path):
+    before = (by_verb / "dvc.lock").read_bytes()
+    assert last_line(valr(by_verb, "run", "stage2_valr_m"))["how"] == "hit"
+    assert last_line(valr(by_verb, "materialize", "+ablation_table"))["made"] == []
+    assert "Data and pipelines are up to date" in command(by_verb, "dvc", "status").stdout or True
+    assert (by_verb / "dvc.lock").read_bytes() == before
+
+
+def test_a_materialization_carries_version_counts_plots_and_checks(other_ways: dict[str, Path]):
+    import dagster as dg
+
+    root = other_ways["dagster"]
+    with dg.DagsterInstance.from_config(str(root / ".valr" / "dagster")) as instance:
+        for stage, digest in digests(root).items():
+            event = instance.get_latest_materialization_event(dg.AssetKey(stage))
+            assert event is not None and event.asset_materialization is not None, stage
+            assert event.asset_materialization.tags["dagster/data_version"] == digest
+        trained = instance.get_latest_materialization_event(dg.AssetKey("stage2_valr_m")).asset_materialization.metadata
+    assert "data:image/png;base64," in "".join(str(value.value) for value in trained.values())
+    assert any("mlflow" in name.lower() for name in trained)
+
+
+def test_a_miss_says_what_changed(by_verb: Path, tmp_path: Path):
+    said = last_line(valr(by_verb, "run", "ablation_table", "--set", "evaluation.confidence=0.9", check=False))
+    assert "error" not in said
+    refused = valr(by_verb, "run", "ablation_table", "--set", "evaluation.max_new_tokens=13", check=False)
+    assert refused.returncode == 42
+    assert "recipe field evaluation" in refused.stderr and "valr materialize +ablation_table" in refused.stderr
+    valr(by_verb, "run", "recipe")
+
+
+def test_a_missing_input_stops_at_once_and_names_the_command(tmp_path: Path):
+    root = copy_project(tmp_path / "project")
+    started = time.monotonic()
+    for words in (["run", "stage2_valr_m"], ["materialize", "stage2_valr_m"]):
+        done = valr(root, *words, check=False)
+        assert done.returncode == 42 and "valr materialize +stage2_valr_m" in done.stderr
+        assert "Traceback" not in done.stderr
+    assert time.monotonic() - started < 60
+
+
+def test_an_edited_artifact_is_refused_with_the_way_back(by_verb: Path):
+    corpus = by_verb / "artifacts" / "cot_corpus" / "report.json"
+    whole = corpus.read_bytes()
+    os.chmod(corpus, 0o644)
+    corpus.write_bytes(whole + b" ")
+    done = valr(by_verb, "run", "latent_corpus", check=False)
+    assert done.returncode == 42 and "dvc checkout cot_corpus" in done.stderr
+    command(by_verb, "dvc", "checkout", "-q", "-f", "cot_corpus")
+    assert corpus.read_bytes() == whole
+    assert last_line(valr(by_verb, "run", "latent_corpus"))["how"] == "hit"
+
+
+def test_a_killed_stage_leaves_the_old_artifact_and_the_next_run_goes_on(by_verb: Path):
+    before = digests(by_verb)["cot_corpus"]
+    words = [sys.executable, "-m", "valr_ops", "run", "cot_corpus", "--force"]
+    running = subprocess.Popen(words, cwd=by_verb, env=environment(by_verb), stdout=subprocess.PIPE)
+    staging = by_verb / ".valr" / "staging" / "cot_corpus"
+    while not staging.exists() and running.poll() is None:
+        time.sleep(0.02)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    assert last_line(valr(by_verb, "run", "cot_corpus"))["digest"] == before
+    assert last_line(valr(by_verb, "run", "cot_corpus", "--force"))["digest"] == before

@@ -1,0 +1,92 @@
+"""The table of stages, dvc.yaml and the asset graph say the same."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.project import CHECKOUT
+from valr_ops.stages import STAGES, UnknownStageError, dvc_yaml, stage, upstream
+
+
+def test_dvc_yaml_is_what_the_table_generates():
+    assert (CHECKOUT / "dvc.yaml").read_text(encoding="utf-8") == dvc_yaml(), "run: valr stages --write"
+
+
+def test_the_asset_graph_is_the_table():
+    from pipelines.definitions import defs
+
+    graph = defs.resolve_asset_graph()
+    seen = {
+        key.to_user_string(): {parent.to_user_string() for parent in graph.get(key).parent_keys} - {"recipe"}
+        for key in graph.get_all_asset_keys()
+    }
+    assert seen == {row.name: set(row.inputs) for row in STAGES}
+    checks = {(key.asset_key.to_user_string(), key.name) for key in graph.asset_check_keys}
+    assert checks == {(row.name, check) for row in STAGES for check in row.checks}
+
+
+def test_the_graph_changes_only_when_the_snapshot_does():
+    """A rename or a new arrow is a reviewed diff; write the new one with tests/test_stages.py."""
+    snapshot = CHECKOUT / "tests" / "graph.json"
+    assert json.loads(snapshot.read_text(encoding="utf-8")) == _graph()
+
+
+def test_string_selections_work():
+    """dagster-io/dagster#27487: an old ANTLR runtime, pulled in through DVC, breaks every string selection."""
+    import dagster as dg
+
+    from pipelines.definitions import defs
+
+    chosen = dg.AssetSelection.from_string("+key:stage2_valr_m").resolve(defs.resolve_asset_graph())
+    assert {key.to_user_string() for key in chosen} >= {"stage1_sft", "teacher_features_pi3", "stage2_valr_m"}
+
+
+def test_loading_the_definitions_imports_nothing_heavy():
+    script = (
+        "import sys, pipelines.definitions;"
+        "print([m for m in ('torch', 'transformers', 'mlflow', 'great_expectations', 'timm') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=CHECKOUT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_stage_function_exists_and_its_code_is_found():
+    for row in STAGES:
+        assert callable(row.load())
+        module = row.function.split(":")[0].replace(".", "/") + ".py"
+        assert module in row.code and all((CHECKOUT / path).is_file() for path in row.code)
+
+
+def test_code_digest_changes_with_any_imported_module(tmp_path: Path):
+    row = stage("stage2_valr_s")
+    assert {"valr_ops/model/latents.py", "valr_ops/teachers/features.py", "valr_ops/data/batching.py"} <= set(row.code)
+    for name in row.code:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes((CHECKOUT / name).read_bytes())
+    before = row.code_digest(tmp_path)
+    with (tmp_path / "valr_ops/model/alignment.py").open("a") as file:
+        file.write("# changed\n")
+    assert row.code_digest(tmp_path) != before
+
+
+def test_upstream_is_ordered_and_complete():
+    order = [row.name for row in upstream(["ablation_table"])]
+    for row in map(stage, order):
+        assert all(order.index(needed) < order.index(row.name) for needed in row.inputs)
+    assert {"sources", "teacher_features_siglip2", "stage2_valr_m", "scores_base"} <= set(order)
+
+
+def test_an_unknown_stage_is_refused_with_the_nearest_name():
+    with pytest.raises(UnknownStageError, match="did you mean 'stage2_valr_m'"):
+        stage("stage2_valrm")
+
+
+def _graph() -> dict[str, list[str]]:
+    return {row.name: sorted(row.inputs) for row in STAGES}
+
+
+if __name__ == "__main__":
+    (CHECKOUT / "tests" / "graph.json").write_text(json.dumps(_graph(), indent=1) + "\n", encoding="utf-8")

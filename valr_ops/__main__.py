@@ -1,0 +1,255 @@
+"""The command line: ``valr VERB`` or ``python -m valr_ops VERB``.
+
+Every verb prints for people while it works and ends standard output with one line of JSON. Errors are one message
+that says what, where and how to mend it; ``--debug`` adds the traceback. Exit status: 0 done, 2 wrong usage, 3 some
+records were rejected (check-data), 42 a configuration or data problem that a retry can't mend, 75 stopped at a
+checkpoint and ready to go on, 130 interrupted, 1 anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+EXIT_INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line, run the verb, and return the exit status."""
+    options = _parser().parse_args(arguments)
+    verb: Callable[[argparse.Namespace], int] = options.verb
+    try:
+        if options.in_project:
+            _enter_project()
+        return verb(options)
+    except KeyboardInterrupt:
+        _complain("interrupted; nothing was lost, the same command goes on", options)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output went away (`valr plan | head`): not an error of ours.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        ours = type(error).__module__.startswith("valr_ops")
+        if isinstance(error, OSError) and not ours:
+            _complain(f"{error.strerror or error} {f'({error.filename})' if error.filename else ''}".strip(), options)
+        elif ours:
+            _complain(str(error), options)
+        else:
+            _complain(
+                f"unexpected {type(error).__name__}: {error}\nThe same command with --debug shows where.", options
+            )
+        return int(getattr(error, "exit_status", 42 if ours else 1))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="valr", description="Train, evaluate and operate vision-aligned latent reasoners.", allow_abbrev=False
+    )
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+
+    def verb(
+        name: str, function: Callable[[argparse.Namespace], int], summary: str, in_project: bool = True
+    ) -> argparse.ArgumentParser:
+        added = verbs.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        added.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        added.set_defaults(verb=function, in_project=in_project)
+        return added
+
+    def with_set(added: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        added.add_argument(
+            "--set", action="append", default=[], metavar="FIELD=VALUE", help="override a recipe field, e.g. seed=1"
+        )
+        return added
+
+    demo = with_set(verb("demo", _demo, "run the main job, show the table and what to type next", in_project=False))
+    demo.add_argument("--data", metavar="FOLDER", help="your own records: a folder with train.jsonl and test.jsonl")
+
+    materialize = with_set(verb("materialize", _materialize, "make artifacts through Dagster, with one bar a stage"))
+    materialize.add_argument("selection", nargs="+", metavar="STAGE", help="a stage; +STAGE also makes what it needs")
+
+    run = with_set(verb("run", _run, "make one artifact in this process, unless it is up to date"))
+    run.add_argument("stage")
+    run.add_argument("--force", action="store_true", help="make it even if it is up to date")
+
+    stages = verb("stages", _stages, "list the stages and what is out of date")
+    stages.add_argument("--write", action="store_true", help="write dvc.yaml from the table of stages")
+
+    plan = with_set(verb("plan", _plan, "show the recipe: every field, its value and where it comes from"))
+    plan.add_argument("--scale", choices=["tiny", "small", "paper"], help="another scale than the one in params.yaml")
+    plan.add_argument("--assumptions", action="store_true", help="only the choices on which the paper is silent")
+
+    check = with_set(verb("check-data", _check_data, "validate your records and show the first ones", in_project=False))
+    check.add_argument("path", metavar="FOLDER_OR_JSONL")
+
+    ui = verb("ui", _ui, "open the pages of Dagster and MLflow on this machine")
+    ui.add_argument("--dagster-port", type=int, default=3000)
+    ui.add_argument("--mlflow-port", type=int, default=5000)
+
+    verb("doctor", _doctor, "check this machine and say how to mend what is wrong")
+    verb("env", _env, 'print the environment for other shells: eval "$(valr env)"')
+    return parser
+
+
+def _enter_project() -> None:
+    """Paths in a recipe are relative to the project folder, wherever the verb was typed."""
+    from valr_ops.store.artifacts import project_root
+
+    os.chdir(project_root())
+
+
+def _overrides(options: argparse.Namespace) -> dict[str, Any]:
+    from valr_ops.recipe import recipes
+
+    inherited = json.loads(os.environ.get("VALR_SET", "{}"))
+    return {**inherited, **recipes.parse_set(options.set)}
+
+
+def _run(options: argparse.Namespace) -> int:
+    from valr_ops import runner
+    from valr_ops.store.progress import reporting_to_dagster
+
+    with reporting_to_dagster():
+        outcome = runner.run(options.stage, _overrides(options), force=options.force)
+    _last_line(
+        stage=outcome.stage,
+        how=outcome.how,
+        digest=outcome.digest,
+        reasons=list(outcome.reasons),
+        seconds=round(outcome.seconds, 3),
+        summary=dict(outcome.report.summary),
+    )
+    return 0
+
+
+def _materialize(options: argparse.Namespace) -> int:
+    from valr_ops import orchestration
+
+    result = orchestration.materialize(options.selection, _overrides(options))
+    print(result.line())
+    _last_line(selected=list(result.selected), made=list(result.made), seconds=round(result.seconds, 1))
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from valr_ops import orchestration
+    from valr_ops.evaluation.report import terminal_table
+    from valr_ops.store.artifacts import folder, project_root
+
+    overrides = _overrides(options)
+    if options.data:
+        overrides |= orchestration.own_data(Path(options.data))
+    _enter_project()
+    result = orchestration.materialize(["+ablation_table"], overrides)
+    console, table = Console(), folder(project_root(), "ablation_table")
+    console.print(terminal_table(table))
+    console.print(result.line())
+    console.print("Next:  make ui                       the graph, the plots and the runs, in your browser")
+    console.print("       artifacts/ablation_table/report.html   the report, one page")
+    console.print("       make demo                     again: nothing that is up to date is done twice")
+    _last_line(selected=list(result.selected), made=list(result.made), seconds=round(result.seconds, 1))
+    return 0
+
+
+def _stages(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from valr_ops.stages import STAGES, dvc_yaml
+    from valr_ops.store.artifacts import Ledger, project_root
+
+    root = project_root()
+    if options.write:
+        (root / "dvc.yaml").write_text(dvc_yaml(), encoding="utf-8")
+        print(f"dvc.yaml: {len(STAGES)} stages written")
+        _last_line(stages=len(STAGES))
+        return 0
+    states = Ledger(root).states(row.name for row in STAGES)
+    table = Table("stage", "group", "state", "what it is", box=None, pad_edge=False)
+    for row in STAGES:
+        state = states[row.name]
+        word = "up to date" if state.up_to_date else "edited" if state.edited else "; ".join(state.reasons)
+        table.add_row(row.name, row.group, word, row.summary)
+    Console().print(table)
+    _last_line(up_to_date=[name for name, state in states.items() if state.up_to_date])
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from valr_ops.recipe import recipes
+    from valr_ops.store.artifacts import project_root
+
+    overrides = _overrides(options)
+    recipe = recipes.load(project_root(), overrides | ({"scale": options.scale} if options.scale else {}))
+    rows = [row for row in recipes.ledger(recipe) if not options.assumptions or not row.origin.startswith("Paper:")]
+    table = Table("field", "value", "at scale paper", "where it comes from", box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(row.field, row.value, row.paper, row.origin)
+    Console().print(table)
+    _last_line(scale=recipe.scale, fingerprint=recipe.fingerprint, fields=len(rows))
+    return 0
+
+
+def _check_data(options: argparse.Namespace) -> int:
+    from valr_ops.data import sources
+    from valr_ops.recipe import recipes
+    from valr_ops.store.artifacts import project_root
+
+    return sources.check_and_show(Path(options.path), recipes.load(project_root(), _overrides(options)), _last_line)
+
+
+def _ui(options: argparse.Namespace) -> int:
+    from valr_ops import workspace
+    from valr_ops.store.artifacts import project_root
+
+    workspace.serve_pages(project_root(), options.dagster_port, options.mlflow_port)
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from valr_ops import doctor
+    from valr_ops.store.artifacts import project_root
+
+    findings = doctor.diagnose(project_root())
+    doctor.show(findings)
+    problems = [finding.name for finding in findings if finding.status == "problem"]
+    _last_line(problems=problems, warnings=[finding.name for finding in findings if finding.status == "warning"])
+    return 42 if problems else 0
+
+
+def _env(options: argparse.Namespace) -> int:
+    import shlex
+
+    from valr_ops import workspace
+    from valr_ops.store.artifacts import project_root
+
+    root = project_root()
+    workspace.prepare(root)
+    for name, value in workspace.environment(root).items():
+        print(f"export {name}={shlex.quote(value)}")
+    return 0
+
+
+def _last_line(**values: Any) -> None:
+    print(json.dumps(values), flush=True)
+
+
+def _complain(message: str, options: argparse.Namespace) -> None:
+    if getattr(options, "debug", False):
+        traceback.print_exc()
+    print(f"valr: {message}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

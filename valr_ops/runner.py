@@ -1,0 +1,328 @@
+"""The one verb that does work: run a stage, or say that there is nothing to do.
+
+In: a stage's name and overrides of the recipe. Out: a published, recorded artifact and an `Outcome`. ``valr run``,
+``dvc repro`` and a Dagster materialization all end here. Always: write to a staging folder, audit it with the stage's
+expectations, and only then publish, record and report it; a stage that dies leaves the artifact as it was.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from filelock import FileLock
+
+from valr_ops.recipe import recipes
+from valr_ops.recipe.recipe import Recipe, read
+from valr_ops.stages import RECIPE_FILE, Stage, stage, upstream
+from valr_ops.store import lineage
+from valr_ops.store.artifacts import (
+    ArtifactError,
+    Check,
+    Ledger,
+    StageContext,
+    StageReport,
+    State,
+    directory_digest,
+    folder,
+    project_root,
+    publish,
+    read_manifest,
+    write_manifest,
+)
+from valr_ops.store.progress import ShowingProgress, open_progress
+
+EXIT_CONFIGURATION = 42
+"""Exit status for what a retry can't mend: a wrong recipe, bad data, a missing input."""
+
+
+class CheckFailedError(RuntimeError):
+    """A blocking expectation failed: the staged artifact was kept aside and the published one is as it was."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one stage."""
+
+    stage: str
+    how: Literal["made", "hit", "restored"]
+    digest: str
+    reasons: tuple[str, ...]
+    """Why it was not a hit."""
+    seconds: float
+    report: StageReport
+    input_digests: Mapping[str, str]
+
+
+def run(name: str, overrides: Mapping[str, Any] | None = None, *, force: bool = False) -> Outcome:
+    """Make the artifact of one stage, unless what it depends on stands unchanged in dvc.lock.
+
+    Raises:
+        RecipeError: params.yaml or an override is wrong.
+        ArtifactError: an input is missing, edited or out of date.
+        CheckFailedError: an expectation failed on what the stage made.
+        Any error of the stage function, with everything left as it was.
+    """
+    started = time.monotonic()
+    root = project_root()
+    row = stage(name)
+    with FileLock(_state(root, "locks") / f"{name}.lock"):
+        progress = open_progress(root, name)
+        try:
+            return _run(root, row, overrides or {}, force, progress, started)
+        except BaseException as error:
+            progress.failed(_sentence(error))
+            raise
+
+
+def _run(
+    root: Path, row: Stage, overrides: Mapping[str, Any], force: bool, progress: ShowingProgress, started: float
+) -> Outcome:
+    if os.environ.get("DVC_STAGE"):
+        # DVC holds its lock, has decided that the stage must run, and records the result itself.
+        return _make(root, row, _recipe_of_artifact(root, row), None, ("DVC found it out of date",), progress, started)
+    if row.name != "recipe":
+        refresh_recipe(root, overrides)
+    ledger = Ledger(root)
+    states = ledger.states([*row.inputs, row.name])
+    recipe = recipes.load(root, overrides) if row.name == "recipe" else _recipe_of_artifact(root, row)
+    for needed in row.inputs:
+        _require(needed, row.name, states[needed])
+    reasons = _reasons(root, row, recipe, states[row.name]) + (("it was forced",) if force else ())
+    if not reasons:
+        return _found(root, row, ledger, "hit", (), progress, started)
+    if not force and row.name != "recipe" and not row.external_inputs and ledger.restore(row.name):
+        return _found(root, row, ledger, "restored", reasons, progress, started)
+    return _make(root, row, recipe, ledger, reasons, progress, started)
+
+
+def _reasons(root: Path, row: Stage, recipe: Recipe, state: State) -> tuple[str, ...]:
+    """Why the stage has to run; empty for a hit."""
+    if state.reasons:
+        return state.reasons
+    if state.edited:
+        return (f"artifacts/{row.name} was edited after it was made",)
+    if not state.exists:
+        return (f"artifacts/{row.name} was deleted",)
+    if row.name == "recipe" and _resolved(root) != recipe:
+        return ("params.yaml or an override gives other values",)
+    if row.external_inputs and (changed := _function(row.external_inputs)(recipe, folder(root, row.name))):
+        return (changed,)
+    return ()
+
+
+def refresh_recipe(root: Path, overrides: Mapping[str, Any]) -> None:
+    """Bring ``artifacts/recipe`` up to params.yaml and the overrides; every stage reads its parameters from there."""
+    if not (folder(root, "recipe") / "manifest.json").is_file() or _resolved(root) != recipes.load(root, overrides):
+        run("recipe", overrides)
+
+
+def out_of_date(root: Path, names: tuple[str, ...]) -> tuple[str, ...]:
+    """The named stages that are not hits, and those of them downstream of one, in the order of the table."""
+    states = Ledger(root).states(names)
+    recipe = read_recipe(root)
+    waiting: list[str] = []
+    for name in names:
+        row = stage(name)
+        above = {needed.name for needed in upstream(row.inputs)}
+        if _reasons(root, row, recipe, states[name]) or above.intersection(waiting):
+            waiting.append(name)
+    return tuple(waiting)
+
+
+def _make(
+    root: Path,
+    row: Stage,
+    recipe: Recipe,
+    ledger: Ledger | None,
+    reasons: tuple[str, ...],
+    progress: ShowingProgress,
+    started: float,
+) -> Outcome:
+    staged = _fresh(_state(root, "staging") / row.name)
+    work = _state(root, "work") / row.name
+    work.mkdir(parents=True, exist_ok=True)
+    progress.say(f"running because {'; '.join(reasons)}")
+    context = StageContext(
+        stage=row.name,
+        recipe=recipe.for_variant(row.variant) if row.variant else recipe,
+        inputs={needed: folder(root, needed) for needed in row.inputs},
+        out=staged,
+        work=work,
+        progress=progress,
+    )
+    report: StageReport = row.load()(context)
+    _audit(root, row, staged, report, progress)
+    write_manifest(staged, row.name, report)
+    publish(staged, folder(root, row.name), _state(root, "trash") / row.name)
+    digest = ledger.commit(row.name) if ledger else directory_digest(folder(root, row.name))
+    shutil.rmtree(work, ignore_errors=True)
+    input_digests = {needed: _recorded(root, needed) for needed in row.inputs}
+    outcome = Outcome(row.name, "made", digest, reasons, time.monotonic() - started, report, input_digests)
+    url = lineage.record(
+        root,
+        lineage.RunRecord(
+            stage=row.name,
+            group=row.group,
+            recipe_fingerprint=recipe.fingerprint,
+            git_commit=_git_commit(root),
+            code_digest=row.code_digest(root),
+            output_digest=digest,
+            input_digests=input_digests,
+            parameters=_parameters(recipe, row),
+            summary=report.summary,
+            timings={**report.timings, "seconds": outcome.seconds},
+            metrics_file=progress.metrics_file,
+            artifact=folder(root, row.name),
+            plots=report.plots,
+            tables=report.tables,
+            report=report.report,
+            tags=_tags(context.recipe, row),
+            datasets=[needed for needed in row.inputs if stage(needed).group == "data"],
+        ),
+    )
+    progress.finished(outcome.how, digest)
+    progress.materialized(report, digest, folder(root, row.name), how="made", tracking_url=url)
+    return outcome
+
+
+def _found(
+    root: Path,
+    row: Stage,
+    ledger: Ledger,
+    how: Literal["hit", "restored"],
+    reasons: tuple[str, ...],
+    progress: ShowingProgress,
+    started: float,
+) -> Outcome:
+    manifest = read_manifest(folder(root, row.name))
+    report = StageReport(
+        summary=manifest["summary"],
+        tables=manifest["tables"],
+        plots=tuple(manifest["plots"]),
+        report=manifest["report"],
+        checks=tuple(Check(**check) for check in manifest["checks"]),
+    )
+    digest = ledger.digest(row.name) or ""
+    input_digests = {needed: ledger.digest(needed) or "" for needed in row.inputs}
+    outcome = Outcome(row.name, how, digest, reasons, time.monotonic() - started, report, input_digests)
+    progress.finished(how, digest)
+    url = lineage.recorded_url(root, row.name, digest)
+    progress.materialized(report, digest, folder(root, row.name), how=how, tracking_url=url)
+    return outcome
+
+
+def _audit(root: Path, row: Stage, staged: Path, report: StageReport, progress: ShowingProgress) -> None:
+    missing = set(row.checks) - {check.name for check in report.checks}
+    if missing:
+        raise CheckFailedError(f"{row.name} reported no result for its check {', '.join(sorted(missing))}")
+    for check in report.checks:
+        progress.checked(check)
+    failed = [check for check in report.checks if not check.passed]
+    if failed:
+        refused = _fresh(_state(root, "refused") / row.name)
+        refused.rmdir()
+        staged.rename(refused)
+        raise CheckFailedError(
+            f"{row.name}: {'; '.join(f'{check.name}: {check.detail}' for check in failed)}. "
+            f"Nothing was published; what was refused is in {refused.relative_to(root)}"
+        )
+
+
+def _require(needed: str, by: str, state: State) -> None:
+    mend = f"valr materialize +{by}"
+    if not state.exists:
+        raise ArtifactError(f"{by} needs artifacts/{needed}, which is not there; make it with: {mend}")
+    if state.edited:
+        raise ArtifactError(
+            f"artifacts/{needed} was edited after it was made (its digest differs); "
+            f"bring it back with: dvc checkout {needed}, or make it again with: valr run {needed} --force"
+        )
+    if state.reasons:
+        raise ArtifactError(
+            f"{by} needs artifacts/{needed}, which is out of date: {'; '.join(state.reasons)}; make it with: {mend}"
+        )
+
+
+def _state(root: Path, name: str) -> Path:
+    path = root / ".valr" / name
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _fresh(path: Path) -> Path:
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    return path
+
+
+def _function(dotted: str) -> Any:
+    module, name = dotted.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _resolved(root: Path) -> Recipe | None:
+    try:
+        return read_recipe(root)
+    except (ValueError, OSError):
+        return None
+
+
+def read_recipe(root: Path) -> Recipe:
+    """The resolved recipe that all stages read. Raises `OSError` or `RecipeError` where it is missing or damaged."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    return read(yaml.load((root / RECIPE_FILE).read_text(encoding="utf-8"), Loader=loader))
+
+
+def _recipe_of_artifact(root: Path, row: Stage) -> Recipe:
+    return recipes.load(root) if row.name == "recipe" else read_recipe(root)
+
+
+def _recorded(root: Path, name: str) -> str:
+    lock = root / "dvc.lock"
+    stages = (yaml.safe_load(lock.read_text(encoding="utf-8")) or {}).get("stages", {}) if lock.is_file() else {}
+    outs = stages.get(name, {}).get("outs", [])
+    return str(outs[0].get("md5", "")) if outs else ""
+
+
+def _parameters(recipe: Recipe, row: Stage) -> dict[str, Any]:
+    values = recipe.model_dump(mode="json")
+    found = {}
+    for key in row.parameters:
+        here: Any = values
+        for part in key.split("."):
+            here = here[part]
+        found[key] = here
+    return found
+
+
+def _tags(recipe: Recipe, row: Stage) -> dict[str, str]:
+    tags: dict[str, str] = {"scale": recipe.scale}
+    if row.variant:
+        tags |= {
+            "variant": row.variant,
+            "teachers": "+".join(recipe.alignment.teachers),
+            "alignment.weight": str(recipe.alignment.weight),
+            "alignment.block": str(recipe.alignment.block),
+            "latents.slots": str(recipe.latents.slots),
+        }
+    return tags
+
+
+def _git_commit(root: Path) -> str:
+    answer = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    return answer.stdout.strip() if answer.returncode == 0 else "none"
+
+
+def _sentence(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; nothing was lost, the same command goes on"
+    return f"{error}" if type(error).__module__.startswith("valr_ops") else f"{type(error).__name__}: {error}"

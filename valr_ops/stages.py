@@ -1,0 +1,307 @@
+"""The table of stages: one row per artifact, read by dvc.yaml, the Dagster assets and ``valr run``.
+
+A stage is a function from artifacts to one artifact. Its row says which artifacts it reads, which parts of the recipe
+it depends on, what it needs to run on, and where its function is. Importing this module imports nothing heavy; the
+function's module is imported only by the process that does the work.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import functools
+import hashlib
+import importlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+_PACKAGE = Path(__file__).resolve().parent
+
+RECIPE_FILE = "artifacts/recipe/recipe.yaml"
+"""The resolved recipe, relative to the project root; DVC reads the parameters of every other stage from it."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One row of the table."""
+
+    name: str
+    """Also the name of the DVC stage, of the Dagster asset and of the folder below ``artifacts/``."""
+    group: Literal["recipe", "data", "teachers", "training", "evaluation"]
+    summary: str
+    """One sentence for people, shown in the graph."""
+    function: str
+    """Dotted module and name, ``valr_ops.data.curation:build_cot_corpus``; called with a `StageContext`."""
+    inputs: tuple[str, ...] = ()
+    """Names of the stages whose artifacts are read."""
+    parameters: tuple[str, ...] = ()
+    """Dotted recipe fields whose change makes the artifact out of date."""
+    kinds: tuple[str, ...] = ()
+    """Dagster kinds: up to three words shown on the asset."""
+    resources: Literal["cpu", "gpu"] = "cpu"
+    """What the stage wants at scales small and paper; at scale tiny everything runs on the CPU."""
+    variant: str | None = None
+    """Name in ``recipe.variants`` that the stage trains or scores."""
+    external_inputs: str | None = None
+    """Dotted function ``(recipe, artifact folder) -> str | None`` that says what changed outside of the project."""
+    checks: tuple[str, ...] = ()
+    """Names of the blocking expectations that run on the staged artifact before it is published."""
+
+    def load(self) -> Callable[..., Any]:
+        """Import and return the function that does the work."""
+        module, name = self.function.split(":")
+        return getattr(importlib.import_module(module), name)
+
+    @property
+    def code(self) -> tuple[str, ...]:
+        """Files whose change makes the artifact out of date: all that the function's module imports from this package.
+
+        Found in the import statements, so that none can be forgotten. What only carries a stage (the recipe's types,
+        the store, this table) is left out: it decides no number, and its change must not retrain a model.
+        """
+        found: set[Path] = set()
+
+        def visit(module: str) -> None:
+            for path in _files_of(module):
+                if path not in found:
+                    found.add(path)
+                    for imported in _imports(path):
+                        visit(imported)
+
+        start = self.function.split(":")[0]
+        visit(start)
+        carried = start.startswith(_CARRIERS)
+        return tuple(
+            sorted(
+                path.relative_to(_PACKAGE.parent).as_posix()
+                for path in found
+                if carried or not _module_of(path).startswith(_CARRIERS)
+            )
+        )
+
+    def code_digest(self, root: Path) -> str:
+        """Twelve hexadecimal digits over the content of `code` below `root`: Dagster's code version."""
+        digest = hashlib.sha256()
+        for file in self.code:
+            digest.update(file.encode() + b"\0" + (root / file).read_bytes())
+        return digest.hexdigest()[:12]
+
+
+_CARRIERS = ("valr_ops.recipe", "valr_ops.store", "valr_ops.stages", "valr_ops.torchvision_guard")
+
+
+def _module_of(path: Path) -> str:
+    return ".".join(path.relative_to(_PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+def _files_of(module: str) -> Iterator[Path]:
+    path = _PACKAGE.parent.joinpath(*module.split("."))
+    if path.with_suffix(".py").is_file():
+        yield path.with_suffix(".py")
+        yield from path.parent.glob(f"{path.name}.*.j2")
+    elif (path / "__init__.py").is_file() and path != _PACKAGE and (path / "__init__.py").stat().st_size:
+        yield path / "__init__.py"
+
+
+@functools.cache
+def _imports(path: Path) -> tuple[str, ...]:
+    """Modules of this package that `path` imports anywhere, also inside functions; packages on the way included."""
+    if path.suffix != ".py":
+        return ()
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module)
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    inside = {name for name in names if name.startswith("valr_ops.")}
+    parents = {name.rsplit(".", 1)[0] for name in inside if name.count(".") > 1}
+    return tuple(sorted(inside | parents))
+
+
+def _teacher_features(teacher: str, label: str) -> Stage:
+    return Stage(
+        name=f"teacher_features_{teacher}",
+        group="teachers",
+        summary=f"Patch features of the frozen {label} for every target of the corpus, in a few large shards.",
+        function="valr_ops.teachers.features:build_teacher_features",
+        inputs=("cot_corpus", "latent_corpus"),
+        parameters=("seed", f"teachers.{teacher}", "runtime"),
+        kinds=("torch", "timm", "safetensors"),
+        resources="gpu",
+        checks=("features_are_whole",),
+    )
+
+
+def _stage2(variant: str, label: str, teachers: tuple[str, ...]) -> Stage:
+    return Stage(
+        name=f"stage2_{variant}",
+        group="training",
+        summary=f"{label}: stage 1 continued with latent segments aligned to {', '.join(teachers)}.",
+        function="valr_ops.training.loop:build_stage2",
+        inputs=(
+            "cot_corpus",
+            "base_model",
+            "latent_corpus",
+            "stage1_sft",
+            *(f"teacher_features_{teacher}" for teacher in teachers),
+        ),
+        parameters=("seed", "latents", "alignment", "stage2", "runtime", f"variants.{variant}"),
+        kinds=("torch", "deepspeed", "safetensors"),
+        resources="gpu",
+        variant=variant,
+        checks=("losses_are_finite",),
+    )
+
+
+def _scores(model: str, label: str, trained_by: str, variant: str | None = None) -> Stage:
+    return Stage(
+        name=f"scores_{model}",
+        group="evaluation",
+        summary=f"Answers and scores of {label} on every benchmark, one line per item.",
+        function="valr_ops.evaluation.run:build_scores",
+        inputs=("sources", trained_by),
+        parameters=("seed", "data.sources", "data.max_image_pixels", "data.min_image_side", "data.max_steps", "latents")
+        + ("evaluation", "runtime")
+        + ((f"variants.{variant}",) if variant else ()),
+        kinds=("torch", "json"),
+        resources="gpu",
+        variant=variant,
+        checks=("every_item_answered",),
+    )
+
+
+STAGES: tuple[Stage, ...] = (
+    Stage(
+        name="recipe",
+        group="recipe",
+        summary="Everything the run is about, resolved from params.yaml, with the origin of every value.",
+        function="valr_ops.store.assumptions:build_recipe",
+        kinds=("yaml",),
+    ),
+    Stage(
+        name="sources",
+        group="data",
+        summary="The raw sources: drawn by the generator, or an inventory with digests of folders given by the user.",
+        function="valr_ops.data.synthetic:build_sources",
+        parameters=("seed", "data.sources", "data.synthetic"),
+        kinds=("parquet", "json"),
+        external_inputs="valr_ops.data.synthetic:changed_sources",
+    ),
+    Stage(
+        name="cot_corpus",
+        group="data",
+        summary="One checked corpus of chain-of-thought records from all sources, images once each, with its rejects.",
+        function="valr_ops.data.curation:build_cot_corpus",
+        inputs=("sources",),
+        parameters=("seed", "data"),
+        kinds=("parquet", "great_expectations"),
+        checks=("corpus_expectations",),
+    ),
+    Stage(
+        name="base_model",
+        group="training",
+        summary="The Qwen2.5-VL that stage 1 starts from, with the control tokens in place.",
+        function="valr_ops.model.qwen:build_base_model",
+        inputs=("cot_corpus",),
+        parameters=("seed", "base", "data.synthetic", "runtime"),
+        kinds=("torch", "transformers", "safetensors"),
+        resources="gpu",
+    ),
+    Stage(
+        name="latent_corpus",
+        group="data",
+        summary="The corpus as token ids with latent segments before the steps, and each segment's target.",
+        function="valr_ops.data.rewriting:build_latent_corpus",
+        inputs=("cot_corpus", "base_model"),
+        parameters=("data.placement", "data.max_length", "data.reserved_slots", "teachers"),
+        kinds=("parquet", "transformers"),
+        checks=("latent_expectations",),
+    ),
+    _teacher_features("dinov3", "DINOv3"),
+    _teacher_features("siglip2", "SigLIP2"),
+    _teacher_features("pi3", "π³"),
+    Stage(
+        name="stage1_sft",
+        group="training",
+        summary="Chain-of-thought fine-tuning without latents.",
+        function="valr_ops.training.loop:build_stage1",
+        inputs=("cot_corpus", "base_model", "latent_corpus"),
+        parameters=("seed", "stage1", "runtime"),
+        kinds=("torch", "deepspeed", "safetensors"),
+        resources="gpu",
+        checks=("losses_are_finite",),
+    ),
+    _stage2("valr_s", "VaLR-S", ("dinov3",)),
+    _stage2("valr_m", "VaLR-M", ("dinov3", "siglip2", "pi3")),
+    _scores("base", "the base model", "base_model"),
+    _scores("sft", "the fine-tuned model without latents", "stage1_sft"),
+    _scores("valr_s", "VaLR-S", "stage2_valr_s", "valr_s"),
+    _scores("valr_m", "VaLR-M", "stage2_valr_m", "valr_m"),
+    Stage(
+        name="ablation_table",
+        group="evaluation",
+        summary="All models side by side with intervals, the majority answer and the paper's numbers, as one report.",
+        function="valr_ops.evaluation.report:build_ablation_table",
+        inputs=("scores_base", "scores_sft", "scores_valr_s", "scores_valr_m"),
+        parameters=("evaluation.confidence", "scale"),
+        kinds=("html", "matplotlib"),
+    ),
+)
+
+_BY_NAME = {stage.name: stage for stage in STAGES}
+
+
+class UnknownStageError(KeyError):
+    """No stage has that name; the message lists the names."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+def stage(name: str) -> Stage:
+    """The row called `name`. Raises `UnknownStageError`."""
+    if name not in _BY_NAME:
+        close = difflib.get_close_matches(name, _BY_NAME, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"stages: {', '.join(_BY_NAME)}"
+        raise UnknownStageError(f"there is no stage {name!r}; {hint}")
+    return _BY_NAME[name]
+
+
+def upstream(names: Iterable[str]) -> tuple[Stage, ...]:
+    """The stages called `names` and everything they need, in an order in which they can be made."""
+    wanted: set[str] = set()
+
+    def visit(name: str) -> None:
+        if name not in wanted:
+            wanted.add(name)
+            for needed in stage(name).inputs:
+                visit(needed)
+
+    for name in names:
+        visit(name)
+    return tuple(row for row in STAGES if row.name in wanted)
+
+
+def dvc_yaml() -> str:
+    """The text of dvc.yaml, generated from the table; ``valr stages --write`` writes it and a test compares them."""
+    import yaml
+
+    rows: dict[str, dict[str, Any]] = {}
+    for row in STAGES:
+        inputs = [f"artifacts/{name}" for name in row.inputs] if row.name != "recipe" else ["params.yaml"]
+        rows[row.name] = {
+            "desc": row.summary,
+            "cmd": f"python -m valr_ops run {row.name}",
+            # The verb itself looks whether folders outside of the project changed.
+            **({"always_changed": True} if row.external_inputs else {}),
+            "deps": [*inputs, *row.code],
+            **({"params": [{RECIPE_FILE: list(row.parameters)}]} if row.parameters else {}),
+            # DVC must not delete the old artifact before the verb has a new one.
+            "outs": [{f"artifacts/{row.name}": {"persist": True}}],
+        }
+    text = yaml.safe_dump({"stages": rows}, sort_keys=False, allow_unicode=True, width=1000)
+    return f"# Generated from valr_ops/stages.py by `valr stages --write`. Do not edit.\n{text}"
