@@ -48,6 +48,7 @@ def tiny() -> Recipe:
         projector_learning_rate=3e-3,
         micro_batch=32,
         accumulation=1,
+        epochs=3.0,
         warmup_fraction=0.1,
         checkpoint_every=20,
     )
@@ -67,7 +68,7 @@ def tiny() -> Recipe:
         alignment=AlignmentRecipe(block=2, projector_width=256),
         teachers=_tiny_teachers(),
         stage1=training,
-        stage2=training.model_copy(update={"learning_rate": 1e-3}),
+        stage2=training.model_copy(update={"learning_rate": 2e-3, "epochs": 1.5}),
         evaluation=EvaluationRecipe(batch_size=64, max_new_tokens=128),
         variants=_named_models(),
     )
