@@ -151,10 +151,11 @@ def _demo(options: argparse.Namespace) -> int:
     result = orchestration.materialize(["+ablation_table"], overrides)
     console, table = Console(), folder(project_root(), "ablation_table")
     console.print(terminal_table(table))
-    console.print(result.line())
-    console.print("Next:  make ui                       the graph, the plots and the runs, in your browser")
-    console.print("       artifacts/ablation_table/report.html   the report, one page")
-    console.print("       make demo                     again: nothing that is up to date is done twice")
+    print(result.line())
+    print("\nNext:")
+    print("  make ui      the graph, the plots and the runs in your browser")
+    print("  make demo    again: nothing that is up to date is done twice")
+    print("  The report is one page: artifacts/ablation_table/report.html")
     _last_line(selected=list(result.selected), made=list(result.made), seconds=round(result.seconds, 1))
     return 0
 

@@ -68,7 +68,7 @@ def tiny() -> Recipe:
         alignment=AlignmentRecipe(block=2, projector_width=256),
         teachers=_tiny_teachers(),
         stage1=training,
-        stage2=training.model_copy(update={"learning_rate": 2e-3, "epochs": 1.5}),
+        stage2=training.model_copy(update={"learning_rate": 2e-3, "epochs": 1.0}),
         evaluation=EvaluationRecipe(batch_size=64, max_new_tokens=128),
         variants=_named_models(),
     )

@@ -107,7 +107,7 @@ def directory_digest(path: Path) -> str:
             with file.open("rb") as stream:
                 digest = hashlib.file_digest(stream, "md5").hexdigest()
             entries.append({"md5": digest, "relpath": file.relative_to(path).as_posix()})
-    entries.sort(key=lambda entry: tuple(entry["relpath"].split("/")))
+    entries.sort(key=lambda entry: entry["relpath"])
     return hashlib.md5(json.dumps(entries, sort_keys=True).encode()).hexdigest() + ".dir"
 
 
