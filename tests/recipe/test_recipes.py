@@ -220,10 +220,10 @@ def test_the_stage_writes_the_recipe_so_that_it_can_be_read_back(tmp_path: Path)
 
 def test_the_ledger_shows_where_a_value_is_not_the_papers(tmp_path: Path) -> None:
     lines = {line.field: line for line in recipes.ledger(recipes.tiny())}
-    assert (lines["stage2.learning_rate"].value, lines["stage2.learning_rate"].paper) == ("0.001", "2e-06")
+    assert (lines["stage2.learning_rate"].value, lines["stage2.learning_rate"].paper) == ("0.002", "2e-06")
     assert lines["alignment.weight"].paper == ""
     text = _build(recipes.tiny(), tmp_path / "a")["assumptions.md"].decode()
-    assert "| `stage2.learning_rate` | 0.001 | 2e-06 | Paper: table 7" in text
+    assert "| `stage2.learning_rate` | 0.002 | 2e-06 | Paper: table 7" in text
     assert len(text.splitlines()) == len(lines) + 4
 
 
