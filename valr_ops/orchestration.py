@@ -55,7 +55,7 @@ def select(selection: Sequence[str]) -> tuple[str, ...]:
 
 
 def own_data(path: Path) -> dict[str, Any]:
-    """Overrides that replace the generated sources by one folder in the JSONL format.
+    """Overrides that replace the generated sources by one folder in the JSONL format, with room for longer answers.
 
     Raises:
         RecipeError: there is no such folder, or it lacks train.jsonl or test.jsonl.
@@ -67,7 +67,8 @@ def own_data(path: Path) -> dict[str, Any]:
                 "give a folder with train.jsonl and test.jsonl (README, Bring your own data)"
             )
     name = re.sub(r"[^A-Za-z0-9_-]+", "_", path.resolve().name)
-    return {"data.sources": {name: {"format": "jsonl", "path": os.path.relpath(path, project_root())}}}
+    source = {"format": "jsonl", "path": os.path.relpath(path, project_root())}
+    return {"data.sources": {name: source}, "evaluation.max_new_tokens": 384}
 
 
 def materialize(selection: Sequence[str], overrides: Mapping[str, Any]) -> Result:

@@ -48,7 +48,7 @@ def tiny() -> Recipe:
         projector_learning_rate=3e-3,
         micro_batch=32,
         accumulation=1,
-        epochs=3.0,
+        epochs=4.0,
         warmup_fraction=0.1,
         checkpoint_every=20,
     )
