@@ -83,8 +83,9 @@ def materialize(selection: Sequence[str], overrides: Mapping[str, Any]) -> Resul
     started = time.monotonic()
     root = project_root()
     names = tuple(name for name in select(selection) if name != "recipe")
-    runner.refresh_recipe(root, overrides)
-    waiting = runner.out_of_date(root, names)
+    # Made here, because what is out of date follows from it; Dagster then finds it up to date and records it.
+    made = ("recipe",) if runner.refresh_recipe(root, overrides) else ()
+    waiting = made + runner.out_of_date(root, names)
     if not waiting:
         return Result(names, (), time.monotonic() - started)
     _require_inputs(root, waiting, names)

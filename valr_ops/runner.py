@@ -119,10 +119,15 @@ def _reasons(root: Path, row: Stage, recipe: Recipe, state: State) -> tuple[str,
     return ()
 
 
-def refresh_recipe(root: Path, overrides: Mapping[str, Any]) -> None:
-    """Bring ``artifacts/recipe`` up to params.yaml and the overrides; every stage reads its parameters from there."""
-    if not (folder(root, "recipe") / "manifest.json").is_file() or _resolved(root) != recipes.load(root, overrides):
-        run("recipe", overrides)
+def refresh_recipe(root: Path, overrides: Mapping[str, Any]) -> bool:
+    """Bring ``artifacts/recipe`` up to params.yaml and the overrides; whether it had to be made.
+
+    Every stage reads its parameters from there.
+    """
+    if (folder(root, "recipe") / "manifest.json").is_file() and _resolved(root) == recipes.load(root, overrides):
+        return False
+    run("recipe", overrides)
+    return True
 
 
 def out_of_date(root: Path, names: tuple[str, ...]) -> tuple[str, ...]:
