@@ -11,7 +11,7 @@ from valr_ops.store.artifacts import project_root
 
 OWNERS = {
     "recipe": "team:research",
-    "data": "team:data",
+    "preparation": "team:data",
     "teachers": "team:vision",
     "training": "team:training",
     "evaluation": "team:evaluation",

@@ -191,7 +191,7 @@ def _make(
             tables=report.tables,
             report=report.report,
             tags=_tags(context.recipe, row),
-            datasets=[needed for needed in row.inputs if stage(needed).group == "data"],
+            datasets=[needed for needed in row.inputs if "parquet" in stage(needed).kinds],
         ),
     )
     progress.finished(outcome.how, digest)

@@ -29,7 +29,8 @@ class Stage:
 
     name: str
     """Also the name of the DVC stage, of the Dagster asset and of the folder below ``artifacts/``."""
-    group: Literal["recipe", "data", "teachers", "training", "evaluation"]
+    group: Literal["recipe", "preparation", "teachers", "training", "evaluation"]
+    """Arrows between groups go one way only, so that the folded graph reads from left to right."""
     summary: str
     """One sentence for people, shown in the graph."""
     function: str
@@ -190,7 +191,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         name="sources",
-        group="data",
+        group="preparation",
         summary="The raw sources: drawn by the generator, or an inventory with digests of folders given by the user.",
         function="valr_ops.data.synthetic:build_sources",
         parameters=("seed", "data.sources", "data.synthetic"),
@@ -199,7 +200,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         name="cot_corpus",
-        group="data",
+        group="preparation",
         summary="One checked corpus of chain-of-thought records from all sources, images once each, with its rejects.",
         function="valr_ops.data.curation:build_cot_corpus",
         inputs=("sources",),
@@ -209,7 +210,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         name="base_model",
-        group="training",
+        group="preparation",
         summary="The Qwen2.5-VL that stage 1 starts from, with the control tokens in place.",
         function="valr_ops.model.qwen:build_base_model",
         inputs=("cot_corpus",),
@@ -219,7 +220,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         name="latent_corpus",
-        group="data",
+        group="preparation",
         summary="The corpus as token ids with latent segments before the steps, and each segment's target.",
         function="valr_ops.data.rewriting:build_latent_corpus",
         inputs=("cot_corpus", "base_model"),

@@ -81,7 +81,7 @@ def serve_pages(root: Path, dagster_port: int = DAGSTER_PORT, mlflow_port: int =
     }
     pages = {
         "dagster": f"http://127.0.0.1:{dagster_port}/asset-groups",
-        "mlflow": f"http://127.0.0.1:{mlflow_port}/#/experiments?workflowType=machine_learning",
+        "mlflow": lineage.runs_page(root, mlflow_port),
     }
     servers = {name: _start(command, root, env, logs / f"{name}.log") for name, command in commands.items()}
     try:
@@ -93,6 +93,8 @@ def serve_pages(root: Path, dagster_port: int = DAGSTER_PORT, mlflow_port: int =
             time.sleep(0.5)
         ended = next(name for name, server in servers.items() if server.poll() is not None)
         raise WorkspaceError(f"{ended} ended by itself; its last words are in .valr/logs/{ended}.log")
+    except KeyboardInterrupt:
+        print("\nstopping", flush=True)
     finally:
         for server in servers.values():
             stop(server)

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from tests.project import copy_project, environment, valr
+from valr_ops.store import lineage
 
 CHROMIUM_OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 
@@ -50,7 +51,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str,
         raise AssertionError(f"valr ui ended with {server.wait()}")
     yield root, f"http://127.0.0.1:{ports[0]}", f"http://127.0.0.1:{ports[1]}"
     server.send_signal(signal.SIGINT)
-    assert server.wait(60) == 130
+    assert server.wait(60) == 0
     assert not any(_listens(port) for port in ports), "Ctrl-C must stop both servers"
 
 
@@ -99,17 +100,17 @@ def test_a_port_in_use_is_said_in_one_sentence(pages: tuple[Path, str, str]):
 @pytest.mark.browser
 def test_a_person_sees_the_grouped_graph_and_the_experiment(pages: tuple[Path, str, str], tmp_path: Path):
     playwright = pytest.importorskip("playwright.sync_api")
-    _, dagster, mlflow = pages
+    root, dagster, mlflow = pages
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path="/usr/bin/chromium", args=CHROMIUM_OPTIONS)
         page = browser.new_page(viewport={"width": 1500, "height": 900})
         page.goto(f"{dagster}/asset-groups")
-        for words in ("stage2_valr_m", "training", "teachers"):
+        for words in ("preparation", "teachers", "training", "evaluation"):
             page.get_by_text(words).first.wait_for(timeout=60_000)
         page.goto(f"{dagster}/assets/stage2_valr_m")
         page.get_by_text("VaLR-M: stage 1 continued").first.wait_for(timeout=60_000)
-        page.goto(f"{mlflow}/#/experiments?workflowType=machine_learning")
-        page.get_by_text("valr_ops").first.wait_for(timeout=60_000)
+        page.goto(lineage.runs_page(root, int(mlflow.rsplit(":", 1)[1])))
+        page.get_by_text("recipe@").first.wait_for(timeout=60_000)
         browser.close()
 
 

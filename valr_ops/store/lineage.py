@@ -198,6 +198,13 @@ def run_url(root: Path, run_id: str, experiment_id: str) -> str:
     return f"{pages.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
 
 
+def runs_page(root: Path, port: int) -> str:
+    """Address of the list of runs on a local server, in the training view; of all experiments before the first run."""
+    receipts = sorted((root / ".valr" / "tracked").glob("*.json"))
+    which = f"/{json.loads(receipts[0].read_text(encoding='utf-8'))['experiment_id']}/runs" if receipts else ""
+    return f"http://127.0.0.1:{port}/#/experiments{which}?workflowType=machine_learning"
+
+
 def server_command(root: Path, host: str = "127.0.0.1", port: int = 5000) -> list[str]:
     """The command that serves the pages and the API of the project's own database.
 
