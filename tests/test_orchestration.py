@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.project import copy_project, environment, last_line, valr
 from valr_ops import orchestration
@@ -68,6 +70,24 @@ def test_a_typing_mistake_in_params_yaml_is_one_message(tmp_path: Path) -> None:
         done = valr(root, *words, check=False)
         assert done.returncode == 42, words
         assert "params.yaml: stage2.learning_rat" in done.stderr and "learning_rate" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_check_data_tells_usable_rejected_and_unreadable_apart_by_its_exit_status(tmp_path: Path) -> None:
+    root = Path(__file__).parents[1]
+    record = {"id": "a", "images": ["a.png"], "question": "Red?", "steps": [{"text": "It is red."}], "answer": "yes"}
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "a.png")
+    good, mixed = tmp_path / "good.jsonl", tmp_path / "mixed.jsonl"
+    good.write_text(json.dumps(record) + "\n")
+    mixed.write_text(json.dumps(record) + "\n{broken\n")
+    for path, status, kept, rejected in (
+        (good, 0, 1, {}),
+        (mixed, 3, 1, {"not_json": 1}),
+        (tmp_path / "nowhere", 2, 0, {}),
+    ):
+        done = valr(root, "check-data", str(path), check=False)
+        said = last_line(done)
+        assert (done.returncode, said["kept"], said["rejected"]) == (status, kept, rejected), done.stderr
         assert "Traceback" not in done.stderr
 
 

@@ -1,9 +1,9 @@
 """The command line: ``valr VERB`` or ``python -m valr_ops VERB``.
 
 Every verb prints for people while it works and ends standard output with one line of JSON. Errors are one message
-that says what, where and how to mend it; ``--debug`` adds the traceback. Exit status: 0 done, 2 wrong usage, 3 some
-records were rejected (check-data), 42 a configuration or data problem that a retry can't mend, 75 stopped at a
-checkpoint and ready to go on, 130 interrupted, 1 anything else.
+that says what, where and how to mend it; ``--debug`` adds the traceback. Exit status: 0 done; 2 wrong usage, or nothing
+to read (check-data); 3 some records were rejected (check-data); 42 a configuration or data problem that a retry can't
+mend; 75 stopped at a checkpoint and ready to go on; 130 interrupted; 1 anything else.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 EXIT_INTERRUPTED = 130
+EXIT_NOTHING_READ = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -207,7 +208,12 @@ def _check_data(options: argparse.Namespace) -> int:
     from valr_ops.recipe import recipes
     from valr_ops.store.artifacts import project_root
 
-    return sources.check_and_show(Path(options.path), recipes.load(project_root(), _overrides(options)), _last_line)
+    try:
+        return sources.check_and_show(Path(options.path), recipes.load(project_root(), _overrides(options)), _last_line)
+    except sources.SourceError as error:
+        _complain(str(error), options)
+        _last_line(path=options.path, read=0, kept=0, rejected={})
+        return EXIT_NOTHING_READ
 
 
 def _ui(options: argparse.Namespace) -> int:
