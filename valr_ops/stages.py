@@ -307,8 +307,7 @@ def dvc_yaml() -> str:
             **({"always_changed": True} if row.external_inputs else {}),
             "deps": [*inputs, *row.code],
             **({"params": [{RECIPE_FILE: list(row.parameters)}]} if row.parameters else {}),
-            # DVC must not delete the old artifact before the verb has a new one.
-            "outs": [{f"artifacts/{row.name}": {"persist": True}}],
+            "outs": [f"artifacts/{row.name}"],
         }
     text = yaml.safe_dump({"stages": rows}, sort_keys=False, allow_unicode=True, width=1000)
     return f"# Generated from valr_ops/stages.py by `valr stages --write`. Do not edit.\n{text}"

@@ -219,15 +219,13 @@ class Ledger:
 
         try:
             with self.repo.lock:
-                row = self.repo.stage.get_target(stage)
-                row.save_deps()
-                self.repo.stage_cache.restore(row)
-                row.dump(update_pipeline=False)
+                self.repo.stage_cache.restore(self.repo.stage.get_target(stage))
         except RunCacheNotFoundError:
             return False
-        finally:
-            self.repo._reset()
-        return folder(self.root, stage).is_dir()
+        if not (folder(self.root, stage) / "manifest.json").is_file():
+            return False
+        self.commit(stage)
+        return True
 
     def push(self, stages: Iterable[str]) -> int:
         """Copy the named artifacts to the default remote; the number of files that were new there."""
