@@ -40,7 +40,7 @@ def test_the_table_has_a_row_for_every_model_with_its_interval_and_its_differenc
     assert list(rows) == ["base", "SFT", "VaLR-S", "VaLR-M"]
     assert [row["correct"] for row in rows.values()] == [20, 45, 47, 59]
     assert all(row["low"] < row["accuracy"] < row["high"] and row["n"] == 60 for row in rows.values())
-    assert benchmark["majority"] == {"answer": "yes", "accuracy": pytest.approx(2 / 3, abs=1e-6)}
+    assert benchmark["majority"] == {"answer": "true", "accuracy": pytest.approx(2 / 3, abs=1e-6)}
     assert rows["SFT"]["against_reference"] is None
     against = {label: row["against_reference"] for label, row in rows.items() if row["against_reference"]}
     assert [(one["gained"], one["lost"]) for one in against.values()] == [(0, 25), (2, 0), (15, 1)]
@@ -77,7 +77,7 @@ def test_the_same_numbers_stand_in_csv_and_markdown_and_on_the_terminal(
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(terminal_table(folder))
     shown = console.export_text()
-    assert all(word in shown for word in ("VaLR-M", "98.3 %", "within noise", "always 'yes'", "66.7 %", "52.9"))
+    assert all(word in shown for word in ("VaLR-M", "98.3 %", "within noise", "always 'true'", "66.7 %", "52.9"))
     assert report.summary["accuracy_mine_valr_m"] == pytest.approx(59 / 60, abs=1e-6)
 
 

@@ -64,7 +64,7 @@ def test_scores_count_what_the_model_said(tmp_path: Path) -> None:
     score = json.loads((at.out / "scores.json").read_text())["benchmarks"]["mine"]
     assert (score["n"], score["correct"], score["accuracy"]) == (8, 4, 0.5)
     assert score["interval"] == pytest.approx([0.2152, 0.7848], abs=5e-5)
-    assert score["majority"] == {"answer": "yes", "accuracy": 0.75}
+    assert score["majority"] == {"answer": "true", "accuracy": 0.75}
     assert (score["unresolved"], score["cut_off"]) == (4, 2)
     assert (score["latent_trigger_rate"], score["mean_segments"], score["mean_latent_steps"]) == (0.75, 1.5, 6.0)
     assert score["rejected"] == {"image_unreadable": 1}

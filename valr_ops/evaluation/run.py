@@ -351,7 +351,10 @@ def judge(questions: Sequence[Question], predictions: Sequence[Prediction]) -> l
 def summarise(benchmark: Benchmark, rows: Sequence[Mapping[str, Any]], confidence: float) -> dict[str, Any]:
     """The entry of one benchmark in `scores.json`; shares are in [0, 1], rounded to six digits."""
     n, correct = len(rows), sum(row["correct"] for row in rows)
-    answer, share = majority_answer([benchmark.constant_answer(item) for item in benchmark.items()])
+    constant, share = majority_answer([benchmark.constant_answer(item) for item in benchmark.items()])
+    # Shown in the words of the data: `true`, where the rules compare truth values.
+    golds = [item.gold for item in benchmark.items() if benchmark.constant_answer(item) == constant]
+    answer, _ = majority_answer(golds)
     return {
         "n": n,
         "correct": correct,
