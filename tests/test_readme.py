@@ -1,6 +1,7 @@
 """What the README shows is what is there."""
 
 import re
+from itertools import pairwise
 
 from tests.project import CHECKOUT
 from valr_ops.__main__ import _parser
@@ -14,7 +15,7 @@ def test_the_picture_of_the_graph_has_the_arrows_of_the_table() -> None:
     arrows = set()
     for line in picture.splitlines():
         groups = [re.findall(r"[a-z]\w*", group) for group in re.split(r"--+>", line)]
-        for sources, targets in zip(groups, groups[1:], strict=False):
+        for sources, targets in pairwise(groups):
             arrows |= {(source, target) for source in sources for target in targets}
     assert arrows == {(needed, row.name) for row in STAGES for needed in row.inputs}
 

@@ -189,7 +189,7 @@ def _plan(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from valr_ops.recipe import recipes
+    from valr_ops.recipe import cost, recipes
     from valr_ops.store.artifacts import project_root
 
     overrides = _overrides(options)
@@ -199,6 +199,17 @@ def _plan(options: argparse.Namespace) -> int:
     for row in rows:
         table.add_row(row.field, row.value, row.paper, row.origin)
     Console().print(table)
+    model = cost.shape(recipe)
+    if model is not None:
+        print(f"\n{model.decoder_parameters:,} parameters trained, {model.vision_parameters:,} frozen.")
+        for name, training in (("stage 1", recipe.stage1), ("stage 2", recipe.stage2)):
+            records = training.micro_batch * training.accumulation * recipe.runtime.processes
+            flops = cost.train_step_flops(model, records=records, positions=1024, labelled=256, patches=1024)
+            held = cost.training_bytes(model, training, recipe.runtime.processes) / 2**30
+            print(
+                f"{name}: {records} records an update, {flops:.2g} FLOPs for records of 1,024 positions with one image "
+                f"of 1,024 patches; {held:.3g} GiB a process, activations not counted"
+            )
     _last_line(scale=recipe.scale, fingerprint=recipe.fingerprint, fields=len(rows))
     return 0
 

@@ -90,7 +90,7 @@ def materialize(selection: Sequence[str], overrides: Mapping[str, Any]) -> Resul
         return Result(names, (), time.monotonic() - started)
     _require_inputs(root, waiting, names)
     status = root / ".valr" / "status"
-    for name in names:
+    for name in waiting:
         (status / f"{name}.json").unlink(missing_ok=True)
     logs = root / ".valr" / "logs"
     logs.mkdir(parents=True, exist_ok=True)
