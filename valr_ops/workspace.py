@@ -67,6 +67,9 @@ def serve_pages(root: Path, dagster_port: int = DAGSTER_PORT, mlflow_port: int =
     """
     from valr_ops.store import lineage
 
+    # Started by a script with `&`, SIGINT would be ignored; and SIGTERM must not leave the servers behind.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     for name, port in (("dagster", dagster_port), ("mlflow", mlflow_port)):
         if in_use(port):
             raise WorkspaceError(

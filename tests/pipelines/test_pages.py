@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -50,9 +49,9 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str,
     else:
         raise AssertionError(f"valr ui ended with {server.wait()}")
     yield root, f"http://127.0.0.1:{ports[0]}", f"http://127.0.0.1:{ports[1]}"
-    server.send_signal(signal.SIGINT)
+    server.terminate()
     assert server.wait(60) == 0
-    assert not any(_listens(port) for port in ports), "Ctrl-C must stop both servers"
+    assert not any(_listens(port) for port in ports), "ending it must stop both servers"
 
 
 @pytest.mark.services
