@@ -9,7 +9,7 @@ from typing import Any
 
 import dagster as dg
 
-EXIT_CONFIGURATION = 42
+from valr_ops.__main__ import EXIT_CONFIGURATION
 
 
 class StageRunner(dg.ConfigurableResource):

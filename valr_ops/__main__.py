@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+EXIT_CONFIGURATION = 42
 EXIT_INTERRUPTED = 130
 EXIT_NOTHING_READ = 2
 
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _complain(
                 f"unexpected {type(error).__name__}: {error}\nThe same command with --debug shows where.", options
             )
-        return int(getattr(error, "exit_status", 42 if ours else 1))
+        return int(getattr(error, "exit_status", EXIT_CONFIGURATION if ours else 1))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -243,7 +244,7 @@ def _doctor(options: argparse.Namespace) -> int:
     doctor.show(findings)
     problems = [finding.name for finding in findings if finding.status == "problem"]
     _last_line(problems=problems, warnings=[finding.name for finding in findings if finding.status == "warning"])
-    return 42 if problems else 0
+    return EXIT_CONFIGURATION if problems else 0
 
 
 def _env(options: argparse.Namespace) -> int:

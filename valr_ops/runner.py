@@ -40,9 +40,6 @@ from valr_ops.store.artifacts import (
 )
 from valr_ops.store.progress import ShowingProgress, open_progress
 
-EXIT_CONFIGURATION = 42
-"""Exit status for what a retry can't mend: a wrong recipe, bad data, a missing input."""
-
 
 class CheckFailedError(RuntimeError):
     """A blocking expectation failed: the staged artifact was kept aside and the published one is as it was."""

@@ -264,7 +264,7 @@ def test_only_fields_of_the_allow_list_leave_the_process(root: Path):
     run = a_run(
         root,
         parameters={
-            "data.sources": {"own": {"format": "jsonl", "path": "/home/customer-name/data"}},
+            "data.sources": {"own": {"format": "jsonl", "path": "../customer-name/data"}},
             "base": {"path": "/models/hunter2", "min_pixels": 256},
             "evaluation": {"api_key": "hunter2", "judge": {"password": "hunter2"}, "hub_token": "hunter2"},
             "evaluation.max_new_tokens": 12,
