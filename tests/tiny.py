@@ -9,11 +9,13 @@ import numpy as np
 import PIL.Image
 import torch
 
+from valr_ops.data.batching import IGNORED, Batch
 from valr_ops.data.records import Box
 from valr_ops.data.rewriting import (
     INSTRUCTION,
     LATENT,
     LATENT_END,
+    LATENT_PAD,
     ControlTokens,
     Segment,
     Sequence,
@@ -109,9 +111,14 @@ def images() -> Images:
     return Images({"a": image(0), "b": image(1), "wide": image(2, 400, 100)})
 
 
-def sequence(name: str, digests: tuple[str, ...], targets: tuple[tuple[str, Box | None] | None, ...]) -> Sequence:
-    """A sequence about the images `digests` with one segment and step for each of `targets`."""
-    made, store = processor(), images()
+def sequence(
+    name: str,
+    digests: tuple[str, ...],
+    targets: tuple[tuple[str, Box | None] | None, ...],
+    store: Images | None = None,
+) -> Sequence:
+    """A sequence about the images `digests` of `store` with one segment and step for each of `targets`."""
+    made, store = processor(), store or images()
     grids = tuple(image_grid(*store.images[digest].size, made) for digest in digests)
     prompt = made.apply_chat_template(prompt_messages(QUESTION, len(digests)), add_generation_prompt=True)
     for _, height, width in grids:
@@ -152,3 +159,63 @@ def sequences() -> list[Sequence]:
 def control() -> ControlTokens:
     """Ids of the tiny tokenizer's control tokens."""
     return ControlTokens.of(processor().tokenizer)
+
+
+def video(number: int, frames: int, width: int = 48, height: int = 32) -> list[PIL.Image.Image]:
+    """A clip of coloured noise, another one for every number; sides are multiples of 16 pixels."""
+    return [image(1000 * number + frame, width, height) for frame in range(frames)]
+
+
+def video_batch(slots: int = 4) -> Batch:
+    """Four rows made by the real processor, which mix images, videos and text alone.
+
+    Row 0 has an image and a video, row 1 text alone, row 2 a video, row 3 a video, an image and a video, in this order.
+    They have 1, 2, 0 and 3 segments of `slots` slots; the videos differ in frames, size and frames per second.
+    """
+    made, ids = processor(), control()
+    rows: list[tuple[tuple[str, ...], int]] = [
+        (("image", "video"), 1),
+        ((), 2),
+        (("video",), 0),
+        (("video", "image", "video"), 3),
+    ]
+    texts, response_lengths = [], []
+    for parts, segments in rows:
+        content = [*({"type": part} for part in parts), {"type": "text", "text": QUESTION}]
+        prompt = made.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        *steps, answer = response_pieces(STEPS[:segments], "blue square")
+        response = "".join(LATENT + LATENT_PAD * slots + LATENT_END + step for step in steps) + answer
+        texts.append(prompt + response)
+        response_lengths.append(len(made.tokenizer.encode(response)))
+    clips = [video(0, 4), video(1, 6, 32, 48), video(2, 8, 32, 32), video(3, 3, 64, 32)]
+    inputs = made(
+        text=texts,
+        images=[image(0), image(1)],
+        videos=clips,
+        video_metadata=[
+            {"fps": fps, "total_num_frames": len(clip)} for fps, clip in zip((2.0, 1.0, 3.0, 0.5), clips, strict=True)
+        ],
+        do_sample_frames=False,
+        videos_kwargs={"do_resize": False, "cap_pixels_per_frame": False},
+        padding=True,
+        padding_side="right",
+        return_tensors="pt",
+    )
+    labels = inputs["input_ids"].clone()
+    for row, (length, response_length) in enumerate(
+        zip(inputs["attention_mask"].sum(1), response_lengths, strict=True)
+    ):
+        labels[row, : length - response_length] = IGNORED
+        labels[row, length:] = IGNORED
+    labels[(labels == ids.latent_pad) | (labels == ids.latent_end)] = IGNORED
+    slot_mask = inputs["input_ids"] == ids.latent_pad
+    segments_at = (slot_mask & ~torch.nn.functional.pad(slot_mask, (1, 0))[:, :-1]).nonzero()
+    return Batch(
+        **inputs,
+        labels=labels,
+        slot_mask=slot_mask,
+        segment_rows=segments_at[:, 0],
+        segment_starts=segments_at[:, 1],
+        targets=[None] * len(segments_at),
+        record_ids=["tiny/both", "tiny/text", "tiny/video", "tiny/mixed"],
+    )

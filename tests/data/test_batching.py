@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests import tiny
 from valr_ops.data.batching import IGNORED, Batch, BatchingError, Collator, collate, order
+from valr_ops.data.corpus import ImageSpool, ImageStore
+from valr_ops.data.records import Image
 from valr_ops.recipe.recipe import LatentRecipe
 
 
@@ -103,6 +107,52 @@ def test_an_image_with_another_grid_than_its_sequence_was_written_for_is_refused
     sequence = dataclasses.replace(tiny.sequences()[0], image_grids=((1, 8, 10),))
     with pytest.raises(BatchingError, match=r"tiny/three.*build the stage latent_corpus again"):
         collate([sequence], tiny.images(), tiny.processor(), latents=None)
+
+
+def image_store(folder: Path, encoded: dict[str, bytes]) -> ImageStore:
+    spool = ImageSpool(folder / "spool")
+    spool.add(Image(data, digest, 64, 64, "input") for digest, data in encoded.items())
+    spool.write_parquet(folder / "images.parquet")
+    return ImageStore(folder)
+
+
+def png(number: int) -> bytes:
+    file = io.BytesIO()
+    tiny.image(number).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("damaged", [b"no image at all", png(1)[:-100], png(1)[:20] + b"\0" * 200, b""])
+def test_a_damaged_image_stops_with_record_image_and_fix_named(tmp_path: Path, damaged: bytes) -> None:
+    store = image_store(tmp_path, {"a": png(0), "b": damaged})
+    collator = Collator(store, tiny.processor(), None)
+    assert collator([tiny.sequence("whole", ("a",), ())]).pixel_values is not None
+    with pytest.raises(BatchingError, match=r"tiny/two: image b can't be decoded.*build the stage cot_corpus again"):
+        collator(tiny.sequences()[2:3])
+
+
+def test_an_image_that_the_corpus_lacks_stops_with_record_image_and_fix_named(tmp_path: Path) -> None:
+    store = image_store(tmp_path, {"a": png(0)})
+    with pytest.raises(BatchingError, match=r"tiny/two: .*has no image b;.*make both again"):
+        collate(tiny.sequences()[2:3], store, tiny.processor(), latents=None)
+
+
+def test_a_row_may_be_as_long_as_the_limit_with_its_slots_and_not_longer() -> None:
+    longest = batch(LatentRecipe(slots=9)).input_ids.shape[1]
+    within = Collator(tiny.images(), tiny.processor(), LatentRecipe(slots=9), max_length=longest)
+    assert within(tiny.sequences()).input_ids.shape[1] == longest
+    short = Collator(tiny.images(), tiny.processor(), LatentRecipe(slots=9), max_length=longest - 1)
+    message = rf"tiny/one has {longest} positions.*data\.max_length={longest - 1}; raise .* or lower latents\.slots=9"
+    with pytest.raises(BatchingError, match=message):
+        short(tiny.sequences())
+    with pytest.raises(BatchingError, match=r"more than data\.max_length=9; raise data\.max_length$"):
+        Collator(tiny.images(), tiny.processor(), None, max_length=9)(tiny.sequences())
+
+
+def test_moving_a_batch_moves_its_videos_too() -> None:
+    moved = tiny.video_batch().to("meta")
+    tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
+    assert len(tensors) == 12 and all(tensor.is_meta for tensor in tensors)
 
 
 def test_the_order_depends_on_seed_and_epoch_only() -> None:

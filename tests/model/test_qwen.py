@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2_5_VLProcessor, Qwen2Tokenizer
 
 from tests import tiny
 from valr_ops.data.batching import Batch, collate
@@ -18,17 +19,28 @@ from valr_ops.model.qwen import (
     ModelError,
     build_base_model,
     check_block,
+    check_length,
     control_tokens,
-    image_embeddings,
     input_embeddings,
     load_model,
     rope_positions,
     save_model,
     train_tokenizer,
+    vision_embeddings,
 )
 from valr_ops.recipe.recipe import LatentRecipe, Recipe
 from valr_ops.store.artifacts import StageContext, StageReport
 from valr_ops.store.progress import Progress
+from valr_ops.torchvision_guard import ensure_torchvision
+
+ensure_torchvision()
+
+from transformers import (  # noqa: E402
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    Qwen2_5_VLProcessor,
+    Qwen2Tokenizer,
+)
 
 
 def batch() -> Batch:
@@ -160,21 +172,96 @@ def test_positions_and_embeddings_make_the_forward_that_transformers_makes_from_
     assert torch.allclose(ours[real], theirs[real], atol=1e-6)
 
 
-def test_image_embeddings_are_one_per_image_position_and_carry_no_gradient() -> None:
-    model, made = tiny.model(), batch()
-    features = image_embeddings(model, made)
-    assert features.shape == (made.mm_token_type_ids.sum(), 32) and not features.requires_grad
+def text_batch() -> Batch:
+    rows = [tiny.sequence("short", (), ()), tiny.sequence("long", (), (None, None))]
+    return collate(rows, tiny.images(), tiny.processor(), latents=LatentRecipe(slots=4))
+
+
+def text_and_images_batch() -> Batch:
+    rows = [tiny.sequence("text", (), (None,)), *tiny.sequences()]
+    return collate(rows, tiny.images(), tiny.processor(), latents=LatentRecipe(slots=4))
+
+
+def frames_batch() -> Batch:
+    """Four frames of a clip as four images of one prompt, beside a row about one of them."""
+    store = tiny.Images(dict(zip("0123", tiny.video(5, 4), strict=True)))
+    rows = [tiny.sequence("frames", ("0", "1", "2", "3"), (None,), store), tiny.sequence("frame", ("2",), (), store)]
+    return collate(rows, store, tiny.processor(), latents=LatentRecipe(slots=4))
+
+
+@pytest.mark.parametrize("make", [tiny.video_batch, text_batch, text_and_images_batch, frames_batch])
+def test_what_the_decoder_gets_is_what_transformers_makes_of_any_mix_of_text_images_and_videos(make: Any) -> None:
+    model, made = tiny.model(dtype=torch.float64), make()
+    stock: dict[str, Any] = {}
+    hook = model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: stock.update(kwargs), with_kwargs=True
+    )
+    names = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
+    theirs = model(
+        input_ids=made.input_ids,
+        attention_mask=made.attention_mask,
+        mm_token_type_ids=made.mm_token_type_ids,
+        **{name: getattr(made, name) for name in names},
+    ).logits
+    hook.remove()
+    inputs, positions = input_embeddings(model, made), rope_positions(model, made)
+    ours = model(inputs_embeds=inputs, attention_mask=made.attention_mask, position_ids=positions).logits
+    real = made.attention_mask.bool()
+    assert torch.allclose(inputs[real], stock["inputs_embeds"][real], atol=1e-12)
+    assert torch.allclose(ours[real], theirs[real], atol=1e-10)
+    if made.pixel_values is not None:
+        assert torch.equal(positions, stock["position_ids"])
+
+
+def test_a_video_has_the_positions_of_its_seconds() -> None:
+    model, made = tiny.model(), tiny.video_batch()
+    assert made.second_per_grid_ts is not None and made.second_per_grid_ts.tolist() == pytest.approx([1, 2, 2 / 3, 4])
+    first = rope_positions(model, made)[0, 0][made.mm_token_type_ids[0] == 2].unique()
+    assert (first - first[0]).tolist() == [0, 2]  # two positions a second, two temporal patches
+    slower = replace(made, second_per_grid_ts=3 * made.second_per_grid_ts)
+    first = rope_positions(model, slower)[0, 0][made.mm_token_type_ids[0] == 2].unique()
+    assert (first - first[0]).tolist() == [0, 6]
+
+
+def test_vision_embeddings_are_one_per_vision_position_and_carry_no_gradient() -> None:
+    model = tiny.model()
+    for made, positions in ((batch(), 16 + 150 + 32 + 16), (tiny.video_batch(), 32 + 12 + 18 + 16 + 16)):
+        features = vision_embeddings(model, made)
+        assert features.shape == ((made.mm_token_type_ids > 0).sum(), 32) == (positions, 32)
+        assert not features.requires_grad
     text = collate([tiny.sequence("text", (), ())], tiny.images(), tiny.processor(), latents=None)
-    assert image_embeddings(model, text).shape == (0, 32)
+    assert vision_embeddings(model, text).shape == (0, 32)
     assert rope_positions(model, text)[0].tolist() == [list(range(text.input_ids.shape[1]))]
 
 
-def test_image_features_that_are_not_finite_stop_with_the_records_named() -> None:
-    model, made = tiny.model(), batch()
+def test_features_that_are_there_already_are_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, made = tiny.model(), tiny.video_batch()
+    vision, expected = vision_embeddings(model, made), input_embeddings(model, made)
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the tower ran")
+
+    monkeypatch.setattr(model.model.visual, "forward", refuse)
+    assert torch.equal(input_embeddings(model, made, vision), expected)
+
+
+def test_vision_features_that_are_not_finite_stop_with_the_records_named() -> None:
+    model = tiny.model()
     with torch.no_grad():
         model.model.visual.merger.ln_q.weight.fill_(float("nan"))
     with pytest.raises(ModelError, match="tiny/three"):
-        image_embeddings(model, made)
+        vision_embeddings(model, batch())
+    with pytest.raises(ModelError, match="tiny/mixed"):
+        vision_embeddings(model, tiny.video_batch())
+
+
+def test_pixels_that_do_not_fit_the_positions_stop_with_the_records_named() -> None:
+    model, made = tiny.model(), tiny.video_batch()
+    with pytest.raises(ModelError, match=r"tiny/mixed.*94 image and video positions.*32 features"):
+        vision_embeddings(model, replace(made, pixel_values_videos=None, video_grid_thw=None))
+    with pytest.raises(ModelError, match=r"16 image and video positions.* 0 features"):
+        text = collate(tiny.sequences()[-1:], tiny.images(), tiny.processor(), latents=None)
+        vision_embeddings(model, replace(text, pixel_values=None, image_grid_thw=None))
 
 
 def test_two_builds_of_a_base_model_give_equal_bytes_and_another_seed_other_weights(tmp_path: Path) -> None:
@@ -256,3 +343,13 @@ def test_a_block_the_model_does_not_have_is_refused_with_the_range() -> None:
     check_block(tiny.model().config, 2)
     with pytest.raises(ModelError, match=r"alignment\.block=3 but this model has blocks 0\.\.2"):
         check_block(tiny.model().config, 3)
+
+
+def test_sequences_longer_than_the_model_are_refused_before_it_is_written(tmp_path: Path) -> None:
+    config = tiny.model().config
+    held = config.get_text_config().max_position_embeddings
+    check_length(config, held)
+    wanted = rf"data\.max_length={held + 1} but this model holds {held} positions .* set data\.max_length to {held}"
+    with pytest.raises(ModelError, match=wanted):
+        build(tmp_path, tiny.recipe(**{"data.max_length": held + 1}))
+    assert not any((tmp_path / "base_model").iterdir())

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from valr_ops.data.corpus import CorpusError
 from valr_ops.data.records import Box
 from valr_ops.data.rewriting import ControlTokens, Segment, Sequence
 from valr_ops.recipe.recipe import LatentRecipe
@@ -39,7 +40,8 @@ class BatchingError(ValueError):
 class Images(Protocol):
     """What a collator needs of `valr_ops.data.corpus.ImageStore`."""
 
-    def load(self, digest: str, box: Box | None = None) -> PIL.Image.Image: ...
+    def load(self, digest: str, box: Box | None = None) -> PIL.Image.Image:
+        """RGB pixels. Raises `CorpusError` for an unknown digest, and whatever a decoder raises for damaged bytes."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Batch:
     image_grid_thw: Tensor | None
     """[images, 3] int64, patches; None without images."""
     mm_token_type_ids: Tensor
-    """[B, L] int64; 1 at image positions, 0 elsewhere, slots included."""
+    """[B, L] int64; 1 at image positions, 2 at video positions, 0 elsewhere, slots included."""
     slot_mask: Tensor
     """[B, L] bool; True where the input is a fed-back hidden state."""
     segment_rows: Tensor
@@ -68,6 +70,12 @@ class Batch:
     """Length S; the image and box that each segment looks at, or None."""
     record_ids: list[str]
     """Length B."""
+    pixel_values_videos: Tensor | None = None
+    """[patches, values] float32 of all videos, row by row; None without videos."""
+    video_grid_thw: Tensor | None = None
+    """[videos, 3] int64, patches; None without videos."""
+    second_per_grid_ts: Tensor | None = None
+    """[videos] float32, seconds between two temporal patches of a video; None is one second."""
 
     def to(self, device: str | torch.device) -> Batch:
         """The same batch on `device`."""
@@ -123,6 +131,7 @@ class Collator:
         processor: the base model's processor.
         latents: how segments are laid out; None removes the marker pairs (stage 1).
         cache_bytes: bound on the pixels kept, in bytes.
+        max_length: bound on the positions of a row, slots included; None for none.
     """
 
     def __init__(
@@ -131,10 +140,12 @@ class Collator:
         processor: Qwen2_5_VLProcessor,
         latents: LatentRecipe | None,
         cache_bytes: int = 256 * 1024**2,
+        max_length: int | None = None,
     ) -> None:
         self.images = images
         self.processor = processor
         self.latents = latents
+        self.max_length = max_length
         self.control = ControlTokens.of(processor.tokenizer)
         self._cache: OrderedDict[str, tuple[Tensor, tuple[int, int, int]]] = OrderedDict()
         self._cache_bytes = cache_bytes
@@ -144,7 +155,8 @@ class Collator:
         """The batch of `sequences`, one row each.
 
         Raises:
-            BatchingError: no sequences, or an image whose grid is not the one its sequence was written for.
+            BatchingError: no sequences; one that is longer than `max_length`; an image that is missing, can't be
+                decoded, or has another grid than its sequence was written for.
         """
         if not sequences:
             raise BatchingError("a batch needs at least one sequence")
@@ -185,7 +197,11 @@ class Collator:
         return self.latents.fed_slots if self.latents else 0
 
     def _lay_out(self, sequence: Sequence) -> tuple[np.ndarray, np.ndarray, list[int]]:
-        """Ids and labels of one row, both [length] int64, and the columns of the first slots."""
+        """Ids and labels of one row, both [length] int64, and the columns of the first slots.
+
+        Raises:
+            BatchingError: the row is longer than `max_length`.
+        """
         ids, labels, starts = [], [], []
         done = length = 0
         opening = [self.control.latent, *[self.control.latent_pad] * self._slots, self.control.latent_end]
@@ -202,6 +218,13 @@ class Collator:
                 starts.append(length + 1)
                 length += len(opening)
             done = position + 2
+        if self.max_length is not None and length > self.max_length:
+            slots = f" with {len(starts)} segments of {self._slots} slots" if self.latents else ""
+            fewer = f" or lower latents.slots={self.latents.slots}" if self.latents else ""
+            raise BatchingError(
+                f"record {sequence.id} has {length} positions{slots}, more than data.max_length={self.max_length}; "
+                f"raise data.max_length{fewer}"
+            )
         return np.concatenate(ids), np.concatenate(labels), starts
 
     def _pixels(self, sequence: Sequence, index: int) -> Tensor:
@@ -210,7 +233,8 @@ class Collator:
         if digest in self._cache:
             self._cache.move_to_end(digest)
         else:
-            made = self.processor.image_processor(images=[self.images.load(digest)], return_tensors="pt")
+            picture = self._picture(sequence.id, digest)
+            made = self.processor.image_processor(images=[picture], return_tensors="pt")
             grid = tuple(made["image_grid_thw"][0].tolist())
             self._cache[digest] = made["pixel_values"], grid
             self._cached_bytes += made["pixel_values"].nbytes
@@ -224,6 +248,18 @@ class Collator:
             self._cached_bytes -= self._cache.popitem(last=False)[1][0].nbytes
         return pixels
 
+    def _picture(self, record_id: str, digest: str) -> PIL.Image.Image:
+        try:
+            return self.images.load(digest)
+        except CorpusError as error:
+            raise BatchingError(f"record {record_id}: {error}") from None
+        except Exception as error:
+            # Decoders raise whatever damaged bytes lead them to: OSError, SyntaxError, struct.error, ValueError ...
+            raise BatchingError(
+                f"record {record_id}: image {digest[:12]} can't be decoded ({type(error).__name__}: {error}); "
+                "images.parquet is damaged, build the stage cot_corpus again"
+            ) from error
+
 
 def collate(
     sequences: list[Sequence], images: Images, processor: Qwen2_5_VLProcessor, *, latents: LatentRecipe | None
@@ -231,6 +267,6 @@ def collate(
     """One batch of `sequences`; a loop over many batches keeps a `Collator`, which remembers pixels.
 
     Raises:
-        BatchingError: no sequences, or an image whose grid is not the one its sequence was written for.
+        BatchingError: as `Collator.__call__`.
     """
     return Collator(images, processor, latents)(sequences)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import save_torch_state_dict, snapshot_download
 from matplotlib.figure import Figure
 from safetensors import SafetensorError, safe_open
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -49,6 +49,7 @@ from transformers import (  # noqa: E402
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
 )
+from transformers.core_model_loading import revert_weight_conversion  # noqa: E402
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX  # noqa: E402
 
 Model = TypeVar("Model", bound=Qwen2_5_VLForConditionalGeneration)
@@ -72,6 +73,8 @@ CHAT_TOKENS = (
 """Qwen2.5-VL's special tokens, in the order of their ids."""
 SPARE_ROWS = 32
 """Rows of a tiny embedding table beyond the tokenizer, as the real one has 399."""
+TINY_POSITIONS = 8192
+"""Positions that a model made on the spot holds: as many as a sequence has by default (`DataRecipe.max_length`)."""
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
@@ -175,6 +178,7 @@ def tiny_config(widths: TinyModelRecipe, processor: Qwen2_5_VLProcessor) -> Qwen
             "num_hidden_layers": widths.layers,
             "num_attention_heads": widths.attention_heads,
             "num_key_value_heads": widths.key_value_heads,
+            "max_position_embeddings": TINY_POSITIONS,
             "initializer_range": 0.05,
             "rms_norm_eps": 1e-6,
             "rope_parameters": {
@@ -272,6 +276,16 @@ def check_block(config: Qwen2_5_VLConfig, block: int) -> None:
         )
 
 
+def check_length(config: Qwen2_5_VLConfig, max_length: int) -> None:
+    """Raise `ModelError` unless a sequence of `max_length` positions fits into the model."""
+    held = config.get_text_config().max_position_embeddings
+    if max_length > held:
+        raise ModelError(
+            f"data.max_length={max_length} but this model holds {held} positions (max_position_embeddings in its "
+            f"config.json); set data.max_length to {held} or less"
+        )
+
+
 def rope_positions(model: Qwen2_5_VLForConditionalGeneration, batch: Batch) -> Tensor:
     """M-RoPE position ids of a whole batch, computed once on the final layout; slots are ordinary text positions.
 
@@ -283,41 +297,58 @@ def rope_positions(model: Qwen2_5_VLForConditionalGeneration, batch: Batch) -> T
         batch.input_ids.cpu(),
         mm_token_type_ids=batch.mm_token_type_ids.cpu(),
         image_grid_thw=None if batch.image_grid_thw is None else batch.image_grid_thw.cpu(),
+        video_grid_thw=None if batch.video_grid_thw is None else batch.video_grid_thw.cpu(),
+        second_per_grid_ts=None if batch.second_per_grid_ts is None else batch.second_per_grid_ts.cpu(),
         attention_mask=batch.attention_mask.cpu(),
     )
     return positions.to(batch.input_ids.device)
 
 
-def image_embeddings(model: Qwen2_5_VLForConditionalGeneration, batch: Batch) -> Tensor:
-    """Merged features of all images of a batch in reading order, without gradient (the tower is frozen).
+def vision_embeddings(model: Qwen2_5_VLForConditionalGeneration, batch: Batch) -> Tensor:
+    """Merged features of all images and videos of a batch, without gradient (the tower is frozen).
 
     Returns:
-        [image positions, hidden] in the model's dtype; [0, hidden] for a batch without images.
+        [vision positions, hidden] in the model's dtype, in reading order over image and video positions alike;
+        [0, hidden] for a batch of text alone.
 
     Raises:
-        ModelError: the tower returned something that is not finite.
+        ModelError: the tower returned something that is not finite, or not as many features as there are positions.
     """
-    if batch.pixel_values is None:
-        return torch.empty(0, model.config.get_text_config().hidden_size, device=model.device, dtype=model.dtype)
-    with torch.no_grad():
-        features = model.model.get_image_features(batch.pixel_values, batch.image_grid_thw, return_dict=True)
-        merged = torch.cat(features.pooler_output, dim=0).to(model.dtype)
+    pixels = [one for one in (batch.pixel_values, batch.pixel_values_videos) if one is not None]
+    grids = [one for one in (batch.image_grid_thw, batch.video_grid_thw) if one is not None]
+    tower = model.model.visual
+    if pixels:
+        with torch.no_grad():
+            merged = tower(torch.cat(pixels).to(tower.dtype), grid_thw=torch.cat(grids)).pooler_output.to(model.dtype)
+    else:
+        merged = torch.empty(0, model.config.get_text_config().hidden_size, device=model.device, dtype=model.dtype)
     if not torch.isfinite(merged).all():
         raise ModelError(
             f"the vision tower returned values that are not finite for records {batch.record_ids}; "
             "load the model in float32, or check the checkpoint's vision weights"
         )
-    return merged
+    kinds = batch.mm_token_type_ids[batch.mm_token_type_ids > 0]
+    if len(kinds) != len(merged):
+        raise ModelError(
+            f"records {batch.record_ids} have {len(kinds)} image and video positions, but their pixels make "
+            f"{len(merged)} features; build the batch with the processor of this model"
+        )
+    # The tower's output is all images, then all videos, each in reading order: the order of a stable sort by kind.
+    return torch.empty_like(merged).index_copy_(0, kinds.argsort(stable=True), merged)
 
 
-def input_embeddings(model: Qwen2_5_VLForConditionalGeneration, batch: Batch) -> Tensor:
-    """[batch, length, hidden]: token embeddings with image features at the image positions.
+def input_embeddings(model: Qwen2_5_VLForConditionalGeneration, batch: Batch, vision: Tensor | None = None) -> Tensor:
+    """[batch, length, hidden]: token embeddings with vision features at the image and video positions.
 
     Slots hold the embedding of the slot token; whoever feeds latents replaces them.
+
+    Args:
+        vision: what `vision_embeddings` returned for this batch; None computes it here.
     """
     embeddings = model.get_input_embeddings()(batch.input_ids)
-    at_image = (batch.mm_token_type_ids == 1).unsqueeze(-1)
-    return embeddings.masked_scatter(at_image, image_embeddings(model, batch).to(embeddings.dtype))
+    vision = vision_embeddings(model, batch) if vision is None else vision
+    at_vision = (batch.mm_token_type_ids > 0).unsqueeze(-1)
+    return embeddings.masked_scatter(at_vision, vision.to(embeddings.dtype))
 
 
 def build_base_model(context: StageContext) -> StageReport:
@@ -350,6 +381,7 @@ def build_base_model(context: StageContext) -> StageReport:
         added = add_control_tokens(model, processor, recipe.seed)
         context.progress.say(f"control tokens added: {', '.join(added) or 'none, they were there'}")
     check_block(model.config, recipe.alignment.block)
+    check_length(model.config, recipe.data.max_length)
     save_model(model, processor, context.out, {})
     summary = {**_parameter_counts(model), "vocabulary": len(processor.tokenizer)}
     summary["spare_rows"] = summary["vocabulary_rows"] - summary["vocabulary"]
@@ -515,13 +547,28 @@ def save_model(
     """
     ids = control_tokens(processor.tokenizer)
     model.config.valr = {**_ids_as_settings(ids), **dict(sorted(settings.items()))}
-    model.save_pretrained(folder, max_shard_size="5GB")
-    # transformers writes the name of the Python class; a subclass of ours would be unknown to every other reader.
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    config["architectures"] = [Qwen2_5_VLForConditionalGeneration.__name__]
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_model(model, folder)
     processor.save_pretrained(folder)
+
+
+def write_model(model: Qwen2_5_VLForConditionalGeneration, folder: Path) -> None:
+    """Write config, generation config and weights of `model` to `folder`, under the names of the stock class.
+
+    transformers' own `save_pretrained` would import every training engine that is installed, and name our subclass,
+    which is unknown to every other reader.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    model.config.architectures = [Qwen2_5_VLForConditionalGeneration.__name__]
+    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    model.config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    weights = model.state_dict()
+    if model.lm_head.weight is model.get_input_embeddings().weight:
+        del weights["lm_head.weight"]
+    save_torch_state_dict(
+        revert_weight_conversion(model, weights), folder, max_shard_size="5GB", metadata={"format": "pt"}
+    )
 
 
 def _check_checkpoint(folder: Path) -> None:
