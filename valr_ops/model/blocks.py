@@ -8,7 +8,7 @@ Always: the layer's own modules do the work, so weights, biases and precision ar
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from valr_ops.torchvision_guard import ensure_torchvision
@@ -16,7 +16,6 @@ from valr_ops.torchvision_guard import ensure_torchvision
 ensure_torchvision()
 
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (  # noqa: E402
-    Qwen2_5_VLAttention,
     Qwen2_5_VLDecoderLayer,
     rotate_half,
 )
@@ -25,16 +24,27 @@ Turn = tuple[Tensor, Tensor]
 """Cosine and sine of the rotary embedding, [rows, width, head width] each, M-RoPE sections merged."""
 
 
+def heads(layer: Qwen2_5_VLDecoderLayer, projected: Tensor) -> Tensor:
+    """[rows, width, heads * head width] as [rows, heads, width, head width]."""
+    return projected.view(*projected.shape[:2], -1, layer.self_attn.head_dim).transpose(1, 2)
+
+
+def turned(split: Tensor, turn: Turn) -> Tensor:
+    """Queries or keys [rows, heads, width, head width] with their rotary embedding."""
+    cosine, sine = (part.unsqueeze(1) for part in turn)
+    rotated: Tensor = split * cosine + rotate_half(split) * sine
+    return rotated
+
+
 def query(layer: Qwen2_5_VLDecoderLayer, normed: Tensor, turn: Turn) -> Tensor:
     """[rows, heads, width, head width], rotated; `normed` has passed the layer's input norm."""
-    return _turned(_heads(layer.self_attn, layer.self_attn.q_proj, normed), turn)
+    return turned(heads(layer, layer.self_attn.q_proj(normed)), turn)
 
 
 def key_value(layer: Qwen2_5_VLDecoderLayer, normed: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
-    """Keys, rotated, and values, [rows, key/value heads, width, head width]; contiguous: they are read many times."""
-    attention = layer.self_attn
-    key = _turned(_heads(attention, attention.k_proj, normed), turn)
-    return key.contiguous(), _heads(attention, attention.v_proj, normed).contiguous()
+    """Keys, rotated, and values, [rows, key/value heads, width, head width] each; `normed` as for `query`."""
+    key, value = (heads(layer, projection(normed)) for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj))
+    return turned(key, turn), value
 
 
 def attend(
@@ -62,26 +72,16 @@ def attend_one(layer: Qwen2_5_VLDecoderLayer, query: Tensor, key: Tensor, value:
         query: [rows, heads, 1, head width].
         bias: [rows, 1, 1, keys], 0 where a position is seen and minus infinity elsewhere.
     """
-    rows, heads, _, width = query.shape
+    rows, count, _, width = query.shape
     grouped = query.view(rows, key.shape[1], -1, width)
     attended = F.scaled_dot_product_attention(grouped, key, value, attn_mask=bias, scale=layer.self_attn.scaling)
-    return attended.reshape(rows, 1, heads * width)
+    return attended.reshape(rows, 1, count * width)
 
 
 def finish(layer: Qwen2_5_VLDecoderLayer, hidden: Tensor, attended: Tensor) -> Tensor:
     """The rest of the block after attention, [rows, width, hidden]."""
     hidden = hidden + layer.self_attn.o_proj(attended)
     return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-
-
-def _heads(attention: Qwen2_5_VLAttention, projection: nn.Module, normed: Tensor) -> Tensor:
-    return projection(normed).view(*normed.shape[:2], -1, attention.head_dim).transpose(1, 2)
-
-
-def _turned(heads: Tensor, turn: Turn) -> Tensor:
-    cosine, sine = (part.unsqueeze(1) for part in turn)
-    turned: Tensor = heads * cosine + rotate_half(heads) * sine
-    return turned
 
 
 def causal_mask(past: Tensor, own: Tensor) -> Tensor:

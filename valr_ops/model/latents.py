@@ -1,25 +1,39 @@
 """The latent forward: a batch in, the cross-entropy and the block states at the latent slots out.
 
 A slot's input embedding is the post-norm last hidden state of the position before it; everywhere else it is the
-token's embedding or the image feature. So a segment of K slots is K serial decoder steps, and the text between
-segments is one parallel step. `sequential` does exactly that, all rows of the batch in lock step, with keys, values
-and the graph kept: exact values and the exact full gradient. `reference` says the same in a few slow, obvious lines.
+token's embedding or the image feature. Three implementations of this one function:
+
+    reference   re-runs the growing prefix for every slot: the definition, only for tests
+    sequential  text in parallel runs, slots one by one, all rows in lock step, with the graph kept: the full gradient
+    two_pass    rolls the slots out without gradient, then one parallel pass in which they are inputs like any other
+
+The values are those of the definition in all three. `two_pass` sees the slot inputs z as constants, so the gradient
+through the feedback is put back by hops (`LatentOutput.feedback`): with G(z) the states that the slots are fed from and
+multiplier = 0 at first, each hop sets multiplier = dL/dz + (dG/dz)^T multiplier, and one backward of
+L + <G(z), multiplier> gives all parameters their gradient. G is strictly causal, so N K hops are the full gradient.
 
 Always: padding, neighbours and their order never change a record's result; without slots it is one parallel pass.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import cast
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from valr_ops.data.batching import IGNORED, Batch
-from valr_ops.model.qwen import check_block, input_embeddings, rope_positions
+from valr_ops.model.blocks import Turn, attend, causal_mask, finish, heads, key_value, query, turned
+from valr_ops.model.cached import CachedDecoder
+from valr_ops.model.deferred import DeferredLinears
+from valr_ops.model.layout import Aligned, SlotLayoutError, align, slot_columns
+from valr_ops.model.packing import Pack, PackingError, leak, pack
+from valr_ops.model.qwen import check_block, input_embeddings, rope_positions, vision_embeddings
+from valr_ops.model.tape import Tape
 from valr_ops.recipe.recipe import RecipeError
 from valr_ops.torchvision_guard import ensure_torchvision
 
@@ -29,12 +43,33 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (  # noqa: E402
     Qwen2_5_VLDecoderLayer,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLTextModel,
-    apply_rotary_pos_emb,
 )
 
+Result = TypeVar("Result")
 
-class SlotLayoutError(ValueError):
-    """The slots of a batch don't form segments of equal length: the message says which promise is broken."""
+METHODS = ("two_pass", "sequential", "reference")
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What the first pass leaves for the second pass of one batch."""
+
+    vision: Tensor
+    """[vision positions, hidden]: merged features of the batch's images and videos."""
+    positions: Tensor
+    """[3, batch, length] int64: M-RoPE positions."""
+    slot_inputs: Tensor
+    """[S, K, hidden]: the fed-back states, without graph."""
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """How the gradient through the fed-back states was put back."""
+
+    hops: int = 0
+    """Hops made; fewer than asked for where one more would change nothing."""
+    residual: float = 0.0
+    """Size of the last hop's change over the size of the multiplier: how much a further hop would still add."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +86,47 @@ class LatentOutput:
     """[S, K, hidden]: the fed-back states, detached, for health figures and tests."""
     norm_ratio: float
     """Mean norm of the fed-back states over the mean norm of the supervised tokens' embeddings; 0 without segments."""
+    effective_rank: float
+    """Mean over segments of how many directions the K fed-back states span, 1 to K; 0 without segments."""
+    drift: float = 0.0
+    """Largest |G(z) - z|, the second pass's states against those fed; rounding only, or something is wrong."""
+    _edge: _Edge | None = field(default=None, repr=False)
+
+    def feedback(self, loss: Tensor) -> tuple[Tensor, Feedback]:
+        """The tensor to call backward on, of the same value as `loss`, and how its gradient was made.
+
+        Args:
+            loss: everything that depends on this output and shall be minimised, a scalar with graph. Call it once.
+        """
+        if self._edge is None or not loss.requires_grad:
+            return loss, Feedback()
+        return self._edge.close(loss)
+
+
+@dataclass(frozen=True)
+class _Edge:
+    """The cut edge of the second pass, from the states G(z) to the slot inputs z, both [S, K, hidden]."""
+
+    fed: Tensor
+    returned: Tensor
+    hops: int
+
+    def close(self, loss: Tensor) -> tuple[Tensor, Feedback]:
+        precision = torch.finfo(self.fed.dtype).eps
+        multiplier, residual, hop = torch.zeros_like(self.fed), 0.0, 0
+        term = torch.zeros_like(loss)
+        while hop < self.hops:
+            hop += 1
+            (found,) = torch.autograd.grad(loss + term, self.fed, retain_graph=True)
+            size = float(found.norm())
+            residual = float((found - multiplier).norm()) / size if size else 0.0
+            multiplier = found
+            wide = torch.promote_types(found.dtype, torch.float32)
+            term = (self.returned.to(wide) * multiplier.to(wide)).sum()
+            if residual <= precision:
+                break
+        # The term has a gradient, but its value is no part of the loss.
+        return loss + (term - term.detach()), Feedback(hop, residual)
 
 
 def forward(
@@ -60,16 +136,19 @@ def forward(
     method: str = "sequential",
     feedback: str = "full",
     block: int | None = None,
+    rollout: Rollout | None = None,
 ) -> LatentOutput:
     """Run `batch` through `model` in mixed text and latent mode (paper, section 3).
 
     Args:
         model: Qwen2.5-VL; its vision tower gets no gradient. Where its decoder has gradient checkpointing switched on,
-            the text between segments is checkpointed; slots are not, they are cheap.
+            runs of text and the second pass are checkpointed; single slots are not, they are cheap.
         batch: right-padded rows with any number of segments, also none.
-        method: "sequential", or "reference" for tests.
-        feedback: "full" lets the gradient run through every fed-back state, "cut" through none of them.
+        method: "two_pass", "sequential", or "reference" for tests.
+        feedback: "full" lets the gradient run through every fed-back state, "cut" through none of them, and "hops:H",
+            for two_pass, through chains of at most H of them.
         block: number, from zero, of the decoder block whose output is aligned; None where nothing is aligned.
+        rollout: this batch's part of an earlier `roll_out`, for two_pass; made here if it is missing.
 
     Raises:
         RecipeError: an unknown method or feedback, naming the recipe's field.
@@ -77,53 +156,64 @@ def forward(
         SlotLayoutError: the batch's slots are not S runs of K positions, each behind a text position.
     """
     _check_recipe(model, method, feedback, block)
-    slots = _slot_columns(batch)
-    embeddings, positions = input_embeddings(model, batch), rope_positions(model, batch)
-    run = _sequential if method == "sequential" else _reference
-    decoder, cut = model.model.language_model, feedback == "cut"
-    hidden, block_outputs = run(decoder, embeddings, positions, batch, slots, cut, block)
+    slots = slot_columns(batch)
+    if method == "two_pass" and len(slots) and rollout is None:
+        (rollout,) = roll_out(model, [batch])
+    vision = vision_embeddings(model, batch) if rollout is None else rollout.vision
+    positions = rope_positions(model, batch) if rollout is None else rollout.positions
+    embeddings = input_embeddings(model, batch, vision)
+    decoder, rows = model.model.language_model, batch.segment_rows[:, None]
+
+    fed = None
+    if method == "reference":
+        seen = _reference(decoder, embeddings, positions, batch, feedback == "cut", block)
+    elif method == "sequential" and len(slots):
+        seen = _sequential(decoder, embeddings, positions, batch, slots, feedback == "cut", block)
+    else:
+        inputs = embeddings
+        if rollout is not None and len(slots):
+            fed = rollout.slot_inputs.detach().to(embeddings.dtype).requires_grad_(torch.is_grad_enabled())
+            inputs = embeddings.index_put((rows, slots), fed)
+        seen = _parallel(decoder, inputs, positions, batch, block)
 
     supervised = batch.labels[:, 1:] != IGNORED
     labels = batch.labels[:, 1:][supervised]
-    logits = model.lm_head(hidden[:, :-1][supervised])
+    logits = model.lm_head(seen.hidden[seen.places[:, :-1][supervised]])
     loss_sum = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, reduction="sum")
 
-    rows = batch.segment_rows[:, None]
-    slot_inputs = hidden.detach()[rows, slots - 1]
+    returned = seen.hidden[seen.places[rows, slots - 1]]
+    slot_inputs = returned.detach() if fed is None else fed.detach()
     return LatentOutput(
         loss_sum=loss_sum,
         token_count=len(labels),
-        states=block_outputs[rows, slots] if block_outputs is not None and len(slots) else None,
+        states=seen.block[seen.places[rows, slots]] if seen.block is not None and len(slots) else None,
         slot_inputs=slot_inputs,
         norm_ratio=_norm_ratio(slot_inputs, embeddings.detach()[:, 1:][supervised]),
+        effective_rank=_effective_rank(slot_inputs),
+        drift=0.0 if fed is None else float((returned.detach() - slot_inputs).abs().max()),
+        _edge=None if fed is None else _Edge(fed, returned, _hops(feedback, batch, slots)),
     )
 
 
 def _check_recipe(model: Qwen2_5_VLForConditionalGeneration, method: str, feedback: str, block: int | None) -> None:
-    if method not in ("sequential", "reference"):
-        raise RecipeError(f"latents.method={method!r} is unknown; set it to 'sequential' (or 'reference', in tests)")
-    if feedback not in ("full", "cut"):
-        raise RecipeError(f"latents.feedback_gradient={feedback!r} is not available; set it to 'full' or 'cut'")
+    if method not in METHODS:
+        raise RecipeError(f"latents.method={method!r} is unknown; set it to {' or '.join(METHODS)}")
+    known = feedback in ("full", "cut") or (feedback.startswith("hops:") and feedback[5:].isdecimal())
+    if not known or (feedback.startswith("hops:") and method != "two_pass"):
+        raise RecipeError(
+            f"latents.feedback_gradient={feedback!r} is not available with latents.method={method!r}; set it to 'full' "
+            "or 'cut', or to 'hops:2' (or another number) with the method 'two_pass'"
+        )
     if block is not None:
         check_block(model.config, block)
     if model.model.language_model.has_sliding_layers:
         raise RecipeError("the base model uses sliding-window attention; set use_sliding_window to false in its config")
 
 
-def _slot_columns(batch: Batch) -> Tensor:
-    """Columns of the slots, [S, K]."""
-    mask = batch.slot_mask
-    first = (mask & ~F.pad(mask, (1, 0))[:, :-1]).nonzero()
-    last = (mask & ~F.pad(mask, (0, 1))[:, 1:]).nonzero()
-    lengths = last[:, 1] - first[:, 1] + 1
-    per_segment = int(lengths[0]) if len(lengths) else 0
-    given = torch.stack([batch.segment_rows, batch.segment_starts], dim=1)
-    if not torch.equal(first, given) or bool((lengths != per_segment).any()) or bool((given[:, 1] < 1).any()):
-        raise SlotLayoutError(
-            f"slot_mask has runs of {lengths.tolist()} slots at (row, column) {first.tolist()}, segments begin at "
-            f"{given.tolist()}: they must be the same, of one length, each behind a token; build the batch with collate"
-        )
-    return batch.segment_starts[:, None] + torch.arange(per_segment, device=mask.device)
+def _hops(feedback: str, batch: Batch, slots: Tensor) -> int:
+    """Hops that `feedback` asks for; the longest chain of a record has as many as the record has slots."""
+    most = int(batch.segment_rows.bincount().max()) * slots.shape[1]
+    return {"full": most, "cut": 0}[feedback] if ":" not in feedback else min(int(feedback.split(":")[1]), most)
 
 
 def _norm_ratio(slot_inputs: Tensor, embeddings: Tensor) -> float:
@@ -132,15 +222,89 @@ def _norm_ratio(slot_inputs: Tensor, embeddings: Tensor) -> float:
     return float(slot_inputs.float().norm(dim=-1).mean() / embeddings.float().norm(dim=-1).mean())
 
 
+def _effective_rank(slot_inputs: Tensor) -> float:
+    """exp of the entropy of the normalised singular values, averaged over segments (Roy and Vetterli, 2007)."""
+    if not slot_inputs.numel():
+        return 0.0
+    latents = slot_inputs.float()
+    # Singular values by way of the K x K products: K is small, the hidden size is not.
+    sizes = torch.linalg.eigvalsh(latents @ latents.transpose(1, 2)).clamp(min=0).sqrt()
+    shares = sizes / sizes.sum(1, keepdim=True).clamp(min=torch.finfo(sizes.dtype).tiny)
+    return float(torch.special.entr(shares).sum(1).exp().mean())
+
+
+@torch.no_grad()
+def roll_out(model: Qwen2_5_VLForConditionalGeneration, batches: Sequence[Batch]) -> list[Rollout]:
+    """The slot inputs of all `batches`, decoded together without gradient.
+
+    A serial step costs nearly the same for one row as for a hundred, so a whole accumulation window goes in at once.
+    Text behind the last segment is not read: nothing depends on it.
+
+    Raises:
+        SlotLayoutError: the slots of a batch are not S runs of K positions, or K differs between batches.
+    """
+    slots = [slot_columns(batch) for batch in batches]
+    vision = [vision_embeddings(model, batch) for batch in batches]
+    positions = [rope_positions(model, batch) for batch in batches]
+    widths = {found.shape[1] for found in slots if len(found)}
+    if len(widths) > 1:
+        raise SlotLayoutError(f"the batches of a window have {sorted(widths)} slots a segment; give all the same K")
+    hidden = model.config.get_text_config().hidden_size
+    fed = torch.empty(0, 0, 0, hidden, device=model.device)
+    if widths:
+        length = max(batch.input_ids.shape[1] for batch in batches)
+        embedded = [input_embeddings(model, *of) for of in zip(batches, vision, strict=True)]
+        inputs = torch.cat([F.pad(one, (0, 0, 0, length - one.shape[1])) for one in embedded])
+        places = torch.cat([F.pad(one, (0, length - one.shape[2])) for one in positions], dim=1)
+        fed = _fed_states(model.model.language_model, inputs, places, align(batches, max(widths)), max(widths))
+    rollouts, above = [], 0
+    for batch, of_vision, of_positions in zip(batches, vision, positions, strict=True):
+        rollouts.append(Rollout(of_vision, of_positions, fed[_numbers(batch), above + batch.segment_rows]))
+        above += len(batch.input_ids)
+    return rollouts
+
+
+def _fed_states(decoder: Qwen2_5_VLTextModel, inputs: Tensor, positions: Tensor, layout: Aligned, slots: int) -> Tensor:
+    """What every slot is fed, [segments of a row, rows, K, hidden]; without meaning where a row has no such segment."""
+    runs = [run for run in layout.runs if run.source is not None]
+    end = runs[-1].end + slots - 1
+    rows = torch.arange(len(inputs), device=inputs.device)[:, None]
+    columns, visible = layout.columns[:, :end], layout.visible[:, :end]
+    inputs, positions = inputs[rows, columns], positions[:, rows, columns]
+    cached = CachedDecoder(decoder, len(inputs), end)
+    fed: list[Tensor] = []
+    for run in runs:
+        if fed:
+            inputs[:, run.begin] = fed[-1]
+        now = slice(run.begin, run.end)
+        fed.append(cached.extend(inputs[:, now], positions[:, :, now], visible[:, now], run.source))
+        for column in range(run.end, run.end + slots - 1):
+            fed.append(cached.step(fed[-1], positions[:, :, column], visible[:, column]))
+    return torch.stack(fed).unflatten(0, (len(runs), slots)).transpose(1, 2)
+
+
+def _numbers(batch: Batch) -> Tensor:
+    """[S] int64: whether a segment is the first of its row (0), the second ..."""
+    counts = batch.segment_rows.bincount(minlength=1)
+    before = counts.cumsum(0) - counts
+    return torch.arange(len(batch.segment_rows), device=counts.device) - before[batch.segment_rows]
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """The states of a forward, P positions in whatever order it computed them."""
+
+    hidden: Tensor
+    """[P, hidden], post-norm."""
+    block: Tensor | None
+    """[P, hidden], raw outputs of the chosen block."""
+    places: Tensor
+    """[batch, length] int64: where a position of the batch stands among the P."""
+
+
 def _reference(
-    decoder: Qwen2_5_VLTextModel,
-    embeddings: Tensor,
-    positions: Tensor,
-    batch: Batch,
-    slots: Tensor,
-    cut: bool,
-    block: int | None,
-) -> tuple[Tensor, Tensor | None]:
+    decoder: Qwen2_5_VLTextModel, embeddings: Tensor, positions: Tensor, batch: Batch, cut: bool, block: int | None
+) -> _Seen:
     """The definition: for each column with a slot, run the stock decoder on all columns before it."""
 
     def last_hidden_state(inputs: Tensor) -> Tensor:
@@ -161,7 +325,43 @@ def _reference(
     hidden = last_hidden_state(inputs)
     if tap is not None:
         tap.remove()
-    return hidden, seen[0] if seen else None
+    places = torch.arange(batch.input_ids.numel(), device=hidden.device).view_as(batch.input_ids)
+    return _Seen(hidden.flatten(0, 1), seen[0].flatten(0, 1) if seen else None, places)
+
+
+def _parallel(
+    decoder: Qwen2_5_VLTextModel, inputs: Tensor, positions: Tensor, batch: Batch, block: int | None
+) -> _Seen:
+    """All positions at once, packed: for batches without slots, and for the second pass."""
+    packed = pack(batch.attention_mask)
+    hidden = packed.gather(inputs)
+    turn = decoder.rotary_emb(hidden, positions[:, packed.rows, packed.columns][:, None])
+    outputs = None
+    for index, layer in enumerate(_layers(decoder)):
+        hidden = _checkpointed(decoder, _packed_block, layer, hidden, turn, packed)
+        if index == block:
+            outputs = hidden[0]
+    return _Seen(decoder.norm(hidden)[0], outputs, packed.places)
+
+
+def _packed_block(layer: Qwen2_5_VLDecoderLayer, hidden: Tensor, turn: Turn, packed: Pack) -> Tensor:
+    normed = layer.input_layernorm(hidden)
+    return finish(layer, hidden, packed.attend(layer, query(layer, normed, turn), *key_value(layer, normed, turn)))
+
+
+def check_packing(model: Qwen2_5_VLForConditionalGeneration, batch: Batch) -> None:
+    """Raise `PackingError` if a record of a packed batch sees another one; a batch of one record passes."""
+    packed = pack(batch.attention_mask)
+    if len(packed.lengths) < 2:
+        return
+    decoder = model.model.language_model
+    embeddings, positions = input_embeddings(model, batch).detach(), rope_positions(model, batch)
+    seen = leak(lambda inputs: _parallel(decoder, inputs, positions, batch, None).hidden, packed, embeddings)
+    if seen:
+        raise PackingError(
+            f"records {', '.join(batch.record_ids)}: packed into one row, one of them changes another's states by "
+            f"{seen:.3g}; attention does not keep them apart on {embeddings.device}, set micro_batch to 1 and report it"
+        )
 
 
 def _sequential(
@@ -172,144 +372,70 @@ def _sequential(
     slots: Tensor,
     cut: bool,
     block: int | None,
-) -> tuple[Tensor, Tensor | None]:
-    """Last hidden states and outputs of `block`, [batch, length, hidden] each, in as few decoder steps as can be."""
-    layout = _align(batch, slots)
+) -> _Seen:
+    """Runs of text and single slots in turn, in as few decoder steps as can be."""
+    layout = align([batch], slots.shape[1])
     rows = torch.arange(len(embeddings), device=embeddings.device)
     inputs = embeddings[rows[:, None], layout.columns]
     cosine, sine = (table[rows[:, None], layout.columns] for table in decoder.rotary_emb(embeddings, positions))
-    rollout = _Rollout(decoder, cosine, sine, layout.visible, block)
-    for text in layout.texts:
-        hidden = rollout.text(inputs[:, text.begin : text.end])
-        if text.source is not None:
-            fed = hidden[rows, text.source]
-            for _ in range(slots.shape[1]):
-                fed = rollout.slot(fed.detach() if cut else fed)
-    hidden = torch.cat(rollout.hidden, dim=1)[rows[:, None], layout.places]
-    return hidden, torch.cat(rollout.outputs, dim=1)[rows[:, None], layout.places] if block is not None else None
+    walk = _Walk(decoder, (cosine, sine), layout.visible, block)
+    fed: Tensor | None = None
+    for run in layout.runs:
+        given = inputs[:, run.begin : run.end]
+        if fed is not None:
+            given = torch.cat([fed[:, None], given[:, 1:]], dim=1)
+        hidden = walk.run(given)
+        if run.source is None:
+            break
+        fed = hidden[rows, run.source]
+        for _ in range(slots.shape[1] - 1):
+            fed = walk.slot(fed.detach() if cut else fed)
+        fed = fed.detach() if cut else fed
+    places = layout.places + rows[:, None] * layout.columns.shape[1]
+    outputs = torch.cat(walk.outputs, dim=1).flatten(0, 1) if block is not None else None
+    return _Seen(torch.cat(walk.hidden, dim=1).flatten(0, 1), outputs, places)
 
 
-@dataclass(frozen=True)
-class _Text:
-    """A run of aligned columns that needs no feedback, up to and including the `<latent>` of each row that has one."""
+class _Walk:
+    """The decoder's blocks along aligned columns, a run or a slot at a time, with the graph kept."""
 
-    begin: int
-    end: int
-    source: Tensor | None
-    """[batch]: where in this run the position before the first slot stands; None where no slots follow."""
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """The batch with its n-th segments at the same columns: text, K slots, text, K slots, ... text."""
-
-    columns: Tensor
-    """[batch, aligned]: which column of the batch stands here; 0 where nothing does."""
-    visible: Tensor
-    """[batch, aligned] bool: whether anything stands here."""
-    places: Tensor
-    """[batch, length]: the inverse of `columns`; 0 at the batch's padding."""
-    texts: list[_Text]
-
-
-def _align(batch: Batch, slots: Tensor) -> _Layout:
-    """Rows wait for each other before every segment; rows without further segments fill the gaps with their text."""
-    lengths, per_segment = batch.attention_mask.sum(1).tolist(), slots.shape[1]
-    starts: list[list[int]] = [[] for _ in lengths]
-    for row, start in zip(batch.segment_rows.tolist(), batch.segment_starts.tolist(), strict=True):
-        starts[row].append(start)
-    aligned: list[list[int]] = [[] for _ in lengths]
-    done = [0] * len(lengths)
-    bounds: list[tuple[int, int, list[int] | None]] = []
-    for segment in range(max(map(len, starts)) + 1):
-        opening = {row: start[segment] for row, start in enumerate(starts) if segment < len(start)}
-        waiting = opening or dict(enumerate(lengths))
-        width = max(end - done[row] for row, end in waiting.items())
-        begin = len(aligned[0])
-        for row, columns in enumerate(aligned):
-            end = opening.get(row, min(lengths[row], done[row] + width))
-            columns += [*range(done[row], end), *[-1] * (width - end + done[row])]
-            done[row] = end
-            if opening:
-                columns += range(end, end + per_segment) if row in opening else [-1] * per_segment
-                done[row] += per_segment if row in opening else 0
-        source = [opening[row] - 1 - aligned[row][begin] if row in opening else 0 for row in range(len(aligned))]
-        bounds.append((begin, begin + width, source if opening else None))
-
-    device = batch.input_ids.device
-    column_of = torch.tensor(aligned, device=device)
-    visible = column_of >= 0
-    places = torch.zeros(batch.input_ids.shape, dtype=torch.int64, device=device)
-    row_of, place_of = visible.nonzero(as_tuple=True)
-    places[row_of, column_of[row_of, place_of]] = place_of
-    texts = [_Text(b, e, None if s is None else torch.tensor(s, device=device)) for b, e, s in bounds if e > b]
-    return _Layout(column_of.clamp(min=0), visible, places, texts)
-
-
-class _Rollout:
-    """The decoder's blocks with a growing past.
-
-    Each block keeps its keys and values as a list of pieces, one a run of text and one a segment. A slot attends to the
-    list, not to its concatenation: backward would have to keep one copy of the whole past for every slot.
-    """
-
-    def __init__(self, decoder: Qwen2_5_VLTextModel, cosine: Tensor, sine: Tensor, visible: Tensor, block: int | None):
-        self.decoder, self.cosine, self.sine, self.visible, self.block = decoder, cosine, sine, visible, block
-        self.layers = cast(list[Qwen2_5_VLDecoderLayer], list(decoder.layers))
-        self.pieces: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.layers]
+    def __init__(self, decoder: Qwen2_5_VLTextModel, turn: Turn, visible: Tensor, block: int | None) -> None:
+        self.decoder, self.turn, self.visible, self.block = decoder, turn, visible, block
+        self.bias = torch.zeros_like(visible, dtype=turn[0].dtype).masked_fill(~visible, float("-inf"))
+        self.blocks = [_WalkedBlock(layer) for layer in _layers(decoder)]
         self.length = 0
-        self.in_segment = False
         self.hidden: list[Tensor] = []
-        """Post-norm hidden states so far, [batch, columns, hidden] each."""
+        """Post-norm hidden states so far, [rows, columns, hidden] each."""
         self.outputs: list[Tensor] = []
         """Outputs of the chosen block so far."""
 
-    def text(self, inputs: Tensor) -> Tensor:
-        """Append a run of text, [batch, width, hidden]; returns its post-norm hidden states."""
-        checkpointed = self.decoder.gradient_checkpointing and torch.is_grad_enabled()
-        mask = self._text_mask(inputs.shape[1])
-        hidden, turn = inputs, self._turn(inputs.shape[1])
-        for index, layer in enumerate(self.layers):
-            arguments = (layer, hidden, *turn, mask, tuple(self.pieces[index]))
-            if checkpointed:
-                hidden, key, value = checkpoint(_text_block, *arguments, use_reentrant=False)
-            else:
-                hidden, key, value = _text_block(*arguments)
-            self.pieces[index].append((key, value))
+    def run(self, inputs: Tensor) -> Tensor:
+        """Append a run, [rows, width, hidden]; returns its post-norm hidden states."""
+        width, columns = inputs.shape[1], self.visible.shape[1]
+        own = self.visible[:, self.length : self.length + width]
+        mask = causal_mask(self.visible[:, : self.length], own) if self.length else None
+        hidden, turn = inputs, self._turn(width)
+        for index, block in enumerate(self.blocks):
+            past = block.tape.read() if block.tape else None
+            hidden, key, value = _checkpointed(self.decoder, _run_block, block.layer, hidden, turn, mask, past)
+            block.tape = block.tape or Tape(columns, key)
+            block.tape.write(key, value)
             self._keep_output(index, hidden)
-        self.in_segment = False
         return self._advance(hidden)
 
     def slot(self, fed: Tensor) -> Tensor:
-        """Append one slot a row with the input embedding `fed`, [batch, hidden]; returns its post-norm hidden state."""
-        hidden, turn, bias = fed[:, None], self._turn(1), self._slot_bias(fed)
-        for index, layer in enumerate(self.layers):
-            pieces = self.pieces[index]
-            query, key, value = _query_key_value(layer, hidden, *turn)
-            if self.in_segment:
-                key, value = (torch.cat([old, new], dim=2) for old, new in zip(pieces.pop(), (key, value), strict=True))
-            pieces.append((key, value))
-            hidden = _finish(layer, hidden, _attend_to_pieces(layer, query, pieces, bias))
+        """Append one slot a row with the input embedding `fed`, [rows, hidden]; returns its post-norm hidden state."""
+        hidden, turn, bias = fed[:, None], self._turn(1), self.bias[:, : self.length + 1].clone()
+        # A gap looks at itself, so that no row sees nothing.
+        bias[:, -1] = 0.0
+        for index, block in enumerate(self.blocks):
+            hidden = block.slot(hidden, turn, bias)
             self._keep_output(index, hidden)
-        self.in_segment = True
         return self._advance(hidden)[:, 0]
 
-    def _turn(self, width: int) -> tuple[Tensor, Tensor]:
+    def _turn(self, width: int) -> Turn:
         now = slice(self.length, self.length + width)
-        return self.cosine[:, now], self.sine[:, now]
-
-    def _text_mask(self, width: int) -> Tensor | None:
-        """[batch, 1, width, past + width] bool; gaps stand behind the text of their run, where causality hides them."""
-        if self.length == 0:
-            return None
-        past = self.visible[:, None, : self.length].expand(-1, width, -1)
-        own = torch.ones(width, width, dtype=torch.bool, device=past.device).tril().expand(len(past), -1, -1)
-        return torch.cat([past, own], dim=2)[:, None]
-
-    def _slot_bias(self, like: Tensor) -> Tensor:
-        """[batch, 1, 1, past + 1]: minus infinity at gaps."""
-        seen = self.visible[:, None, None, : self.length]
-        return F.pad(torch.zeros_like(seen, dtype=like.dtype).masked_fill(~seen, float("-inf")), (0, 1))
+        return self.turn[0][:, now], self.turn[1][:, now]
 
     def _keep_output(self, index: int, hidden: Tensor) -> None:
         if index == self.block:
@@ -321,56 +447,51 @@ class _Rollout:
         return self.hidden[-1]
 
 
-def _query_key_value(
-    layer: Qwen2_5_VLDecoderLayer, hidden: Tensor, cosine: Tensor, sine: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """[batch, heads, width, head_dim] each, rotated; keys and values contiguous, because they are read many times."""
-    attention, normed = layer.self_attn, layer.input_layernorm(hidden)
-    shape = (*hidden.shape[:2], -1, attention.head_dim)
-    projections: tuple[nn.Module, ...] = (attention.q_proj, attention.k_proj, attention.v_proj)
-    query, key, value = (projection(normed).view(shape).transpose(1, 2) for projection in projections)
-    query, key = apply_rotary_pos_emb(query, key, cosine, sine)
-    return query, key.contiguous(), value.contiguous()
+class _WalkedBlock:
+    """One block with its keys and values, and its weights' gradients from single slots deferred."""
+
+    def __init__(self, layer: Qwen2_5_VLDecoderLayer) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.layer = layer
+        self.tape: Tape | None = None
+        self._projections = DeferredLinears(attention.q_proj, attention.k_proj, attention.v_proj)
+        self._output = DeferredLinears(attention.o_proj)
+        self._gate_up = DeferredLinears(mlp.gate_proj, mlp.up_proj)
+        self._down = DeferredLinears(mlp.down_proj)
+
+    def slot(self, hidden: Tensor, turn: Turn, bias: Tensor) -> Tensor:
+        """The block's output at one column, [rows, 1, hidden]."""
+        layer = self.layer
+        assert self.tape is not None
+        projected = self._projections(layer.input_layernorm(hidden))
+        query, key, value = (heads(layer, one) for one in projected)
+        query, key = turned(torch.cat([query, key], dim=1), turn).split([query.shape[1], key.shape[1]], dim=1)
+        attended = self.tape.attend(query, key, value, bias, layer.self_attn.scaling)
+        hidden = hidden + self._output(attended)[0]
+        gate, up = self._gate_up(layer.post_attention_layernorm(hidden))
+        return hidden + self._down(layer.mlp.act_fn(gate) * up)[0]
 
 
-def _finish(layer: Qwen2_5_VLDecoderLayer, hidden: Tensor, attended: Tensor) -> Tensor:
-    """The rest of the block after attention, [batch, width, hidden]."""
-    hidden = hidden + layer.self_attn.o_proj(attended)
-    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-
-
-def _text_block(
+def _run_block(
     layer: Qwen2_5_VLDecoderLayer,
     hidden: Tensor,
-    cosine: Tensor,
-    sine: Tensor,
+    turn: Turn,
     mask: Tensor | None,
-    past: tuple[tuple[Tensor, Tensor], ...],
+    past: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One block on a run of text: its output and the run's keys and values."""
-    query, key, value = _query_key_value(layer, hidden, cosine, sine)
-    groups = layer.self_attn.num_key_value_groups
-    keys, values = (
-        torch.cat(parts, dim=2).repeat_interleave(groups, dim=1) for parts in zip(*past, (key, value), strict=True)
-    )
-    attended = F.scaled_dot_product_attention(
-        query, keys, values, attn_mask=mask, is_causal=mask is None, scale=layer.self_attn.scaling
-    )
-    return _finish(layer, hidden, attended.transpose(1, 2).flatten(2)), key, value
+    """One block on a run: its output and the run's keys and values."""
+    normed = layer.input_layernorm(hidden)
+    key, value = key_value(layer, normed, turn)
+    keys, values = (key, value) if past is None else (torch.cat(both, dim=2) for both in zip(past, (key, value)))
+    return finish(layer, hidden, attend(layer, query(layer, normed, turn), keys, values, mask)), key, value
 
 
-def _attend_to_pieces(
-    layer: Qwen2_5_VLDecoderLayer, query: Tensor, pieces: list[tuple[Tensor, Tensor]], bias: Tensor
-) -> Tensor:
-    """Attention of one position to a list of pieces, [batch, 1, heads * head_dim].
+def _layers(decoder: Qwen2_5_VLTextModel) -> list[Qwen2_5_VLDecoderLayer]:
+    return cast(list[Qwen2_5_VLDecoderLayer], list(decoder.layers))
 
-    The query heads of a group are the rows of one matrix product, so keys are never repeated.
-    """
-    batch, heads, _, width = query.shape
-    grouped = query.view(batch, -1, layer.self_attn.num_key_value_groups, width) * layer.self_attn.scaling
-    scores = torch.cat([grouped @ key.transpose(2, 3) for key, _ in pieces], dim=3) + bias
-    weights = scores.softmax(dim=3, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
-    shares = weights.split([key.shape[2] for key, _ in pieces], dim=3)
-    attended = sum(share @ value for share, (_, value) in zip(shares, pieces, strict=True))
-    assert isinstance(attended, Tensor)
-    return attended.reshape(batch, 1, heads * width)
+
+def _checkpointed(decoder: Qwen2_5_VLTextModel, function: Callable[..., Result], *arguments: object) -> Result:
+    """What `function` returns; where the decoder checkpoints, its activations are computed again in backward."""
+    if decoder.gradient_checkpointing and torch.is_grad_enabled():
+        return cast(Result, checkpoint(function, *arguments, use_reentrant=False))
+    return function(*arguments)
