@@ -123,15 +123,15 @@ def _imports(path: Path) -> tuple[str, ...]:
     return tuple(sorted(inside | parents))
 
 
-def _teacher_features(teacher: str, label: str) -> Stage:
+def _teacher_features(teacher: str, label: str, library: str = "timm", also_reads: tuple[str, ...] = ()) -> Stage:
     return Stage(
         name=f"teacher_features_{teacher}",
         group="teachers",
         summary=f"Patch features of the frozen {label} for every target of the corpus, in a few large shards.",
         function="valr_ops.teachers.features:build_teacher_features",
-        inputs=("cot_corpus", "latent_corpus"),
+        inputs=("cot_corpus", "latent_corpus", *also_reads),
         parameters=("seed", f"teachers.{teacher}", "runtime"),
-        kinds=("torch", "timm", "safetensors"),
+        kinds=("torch", library, "safetensors"),
         resources="gpu",
         checks=("features_are_whole",),
     )
@@ -214,7 +214,7 @@ STAGES: tuple[Stage, ...] = (
         summary="The Qwen2.5-VL that stage 1 starts from, with the control tokens in place.",
         function="valr_ops.model.qwen:build_base_model",
         inputs=("cot_corpus",),
-        parameters=("seed", "base", "data.synthetic", "alignment.block", "runtime"),
+        parameters=("seed", "base", "data.synthetic", "data.max_length", "alignment.block", "runtime"),
         kinds=("torch", "transformers", "safetensors"),
         resources="gpu",
     ),
@@ -231,6 +231,7 @@ STAGES: tuple[Stage, ...] = (
     _teacher_features("dinov3", "DINOv3"),
     _teacher_features("siglip2", "SigLIP2"),
     _teacher_features("pi3", "π³"),
+    _teacher_features("qwen", "Qwen2.5-VL vision tower", library="transformers", also_reads=("base_model",)),
     Stage(
         name="stage1_sft",
         group="training",

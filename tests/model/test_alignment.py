@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from valr_ops.model.alignment import AlignmentError, AlignmentOutput, Projectors, alignment_loss, upsampling_matrix
+from valr_ops.model.alignment import (
+    AlignmentError,
+    AlignmentOutput,
+    Projectors,
+    TargetKey,
+    alignment_loss,
+    upsampling_matrix,
+)
 from valr_ops.recipe.recipe import AlignmentRecipe
 
 HIDDEN, SLOTS = 12, 9
@@ -118,6 +125,13 @@ def test_half_precision_is_compared_in_float32() -> None:
     assert output.teachers["dinov3"].loss_sum.item() == pytest.approx(-1.0, abs=1e-6)
 
 
+def test_stored_half_precision_features_are_not_what_the_predictions_are_rounded_to() -> None:
+    slots = states(1).detach()
+    stored = torch.randn(3, 3, HIDDEN).bfloat16()
+    exact = F.cosine_similarity(slots[0], stored.double().flatten(0, 1), dim=-1).mean()
+    assert loss_of(slots, [stored]) == pytest.approx(-exact.item(), abs=1e-12)
+
+
 def test_zero_vectors_give_neither_nan_nor_inf() -> None:
     slots = torch.zeros(1, SLOTS, HIDDEN, dtype=torch.float64, requires_grad=True)
     output = aligned(slots, [torch.zeros(4, 4, HIDDEN, dtype=torch.float64)])
@@ -163,19 +177,47 @@ def test_batches_normalised_by_the_whole_windows_segments_add_up_to_one_batch() 
     assert -1.0 <= whole.item() <= 1.0
 
 
-def test_the_control_is_the_cosine_to_the_next_image_of_the_same_grid() -> None:
+def test_the_control_is_the_cosine_to_the_next_image_on_that_images_grid() -> None:
     slots, features = states(), targets(HIDDEN)
+    features[3] = torch.randn(2, 6, HIDDEN, dtype=torch.float64)
     found = aligned(slots, features, KEYS).teachers["dinov3"]
-    matrix = upsampling_matrix(SLOTS, 4, 4, "bilinear")
     wanted = 0.0
-    for segment, other in ((0, 3), (3, 0)):
+    for segment, other in ((0, 3), (1, 3), (3, 0)):
         target = features[other]
         assert target is not None
+        matrix = upsampling_matrix(SLOTS, target.shape[0], target.shape[1], "bilinear")
         wanted += F.cosine_similarity(matrix @ slots[segment], target.flatten(0, 1), dim=-1).mean().item()
-    assert found.control_segments == 2
+    assert found.control_segments == 3
     assert found.control_sum == pytest.approx(wanted, abs=1e-12)
-    one_image = aligned(slots[:2], [features[0], features[0]], [("a", None), ("a", None)]).teachers["dinov3"]
-    assert (one_image.control_segments, one_image.control_sum) == (0, 0.0)
+
+
+def test_a_control_changes_no_gradient_and_a_crop_is_no_other_image() -> None:
+    slots, features = states(), targets(HIDDEN)
+    same: tuple[TargetKey | None, ...] = tuple(None if key is None else ("a", key[1]) for key in KEYS)
+    alone, compared = aligned(slots, features, same), aligned(slots, features, KEYS)
+    assert alone.teachers["dinov3"].control_segments == 0 < compared.teachers["dinov3"].control_segments
+    gradients = [torch.autograd.grad(output.loss({"dinov3": 3}), slots)[0] for output in (alone, compared)]
+    assert torch.equal(*gradients)
+
+
+def test_teachers_with_other_grids_and_widths_share_a_batch_without_touching_each_other() -> None:
+    projectors, slots = made({"dinov3": 6, "pi3": 10}), states()
+    coarse: list[Tensor | None] = [
+        torch.randn(2, 7, 10, dtype=torch.float64),
+        None,
+        None,
+        torch.randn(2, 2, 10).double(),
+    ]
+    both = alignment_loss(projectors, slots, {"dinov3": targets(), "pi3": coarse}, KEYS, upsample="bilinear")
+    assert (both.teachers["dinov3"].segments, both.teachers["pi3"].segments) == (3, 2)
+    for name, features in (("dinov3", targets()), ("pi3", coarse)):
+        one = made({name: 6})
+        one[name] = projectors[name]
+        alone = alignment_loss(one, slots, {name: features}, KEYS, upsample="bilinear").teachers[name]
+        assert torch.equal(both.teachers[name].loss_sum, alone.loss_sum)
+    shares = {"dinov3": 3, "pi3": 2}
+    means = [both.teachers[name].loss_sum / count for name, count in shares.items()]
+    assert torch.allclose(both.loss(shares), (means[0] + means[1]) / 2)
 
 
 def test_what_does_not_fit_is_refused_by_name() -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import pytest
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests import tiny
+from valr_ops.data.batching import Collator
+from valr_ops.model.latents import forward
 from valr_ops.recipe import cost, recipes
 from valr_ops.recipe.recipe import override
+from valr_ops.training.windows import Share
 
 
 @pytest.mark.parametrize(("shape", "published"), [(cost.QWEN_3B, 3_754_622_976), (cost.QWEN_7B, 8_292_166_656)])
@@ -19,6 +23,35 @@ def test_the_formula_counts_the_parameters_of_a_real_model() -> None:
     assert shape is not None
     assert shape.vision_parameters == sum(weight.numel() for weight in model.model.visual.parameters())
     assert shape.decoder_parameters + shape.vision_parameters == sum(weight.numel() for weight in model.parameters())
+
+
+def test_a_loaded_model_has_the_shape_that_its_recipe_says() -> None:
+    assert cost.shape_of(tiny.model().config) == cost.shape(tiny.recipe())
+
+
+def test_the_formula_counts_what_a_real_step_multiplies() -> None:
+    batch = Collator(tiny.images(), tiny.processor(), None)(tiny.sequences())
+    model = tiny.model()
+    with FlopCounterMode(display=False) as counted:
+        forward(model, batch).loss_sum.backward()
+    shape = cost.shape_of(model.config)
+    # PyTorch doesn't count the CPU's fused attention, so it is left out on both sides.
+    rows, images = batch.attention_mask.sum(1).tolist(), batch.image_grid_thw.prod(1).tolist()  # type: ignore[union-attr]
+    attention = 3 * 2 * shape.layers * shape.hidden * sum(length * (length + 1) for length in rows)
+    attention += (
+        4 * shape.vision_hidden * sum(patches * (patches + min(patches, shape.vision_window**2)) for patches in images)
+    )
+    assert Share(batch, {}).flops(shape) - attention == counted.get_total_flops()
+
+
+def test_only_known_whole_gpus_have_a_peak() -> None:
+    assert cost.peak_flops("NVIDIA A100-SXM4-80GB", "bfloat16") == 312e12
+    assert cost.peak_flops("NVIDIA H100 80GB HBM3", "bfloat16") == 989e12
+    assert cost.peak_flops("NVIDIA H100 PCIe", "bfloat16") == 756e12
+    assert cost.peak_flops("NVIDIA L4", "float32") == 30.3e12
+    assert cost.peak_flops("NVIDIA L40S", "bfloat16") == 362e12
+    for unknown in ("NVIDIA A100-SXM4-40GB MIG 3g.20gb", "NVIDIA H20", "Tesla T4"):
+        assert cost.peak_flops(unknown, "bfloat16") is None
 
 
 def test_a_checkpoint_of_which_only_the_path_is_known_has_no_shape() -> None:

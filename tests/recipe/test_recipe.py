@@ -61,10 +61,20 @@ def test_a_recipe_can_not_be_changed_in_place() -> None:
         ({"stage1.learning_rate": float("inf")}, "stage1.learning_rate: .*finite"),
         ({"stage1.learning_rate": 0}, "stage1.learning_rate: .*greater than 0"),
         ({"latents.feedback_gradient": "hops:0"}, "latents.feedback_gradient: "),
+        (
+            {"latents": {"feedback_gradient": "hops:2", "method": "sequential"}},
+            "feedback_gradient=hops:2 counts hops, which method=sequential does not make; set method to two_pass",
+        ),
+        ({"stage2.keep_checkpoints": 0}, "stage2.keep_checkpoints: .*greater than 0"),
         ({"latents.slots": 5}, "latents.slots=5 .*no square grid; choose 1, 4, 9"),
         ({"latents": {"slots": 2, "control_tokens": "inside"}}, "leaves no slot between the control tokens"),
         ({"latents": {"slots": 16, "control_tokens": "inside"}}, "feeds 14 slots"),
         ({"alignment.block": 4}, r"^alignment.block=4 but this model has blocks 0..3; set it to 1 "),
+        (
+            {"teachers.qwen.model": "qwen"},
+            r"^teachers.qwen: model='qwen' but architecture qwen2_5_vl has one class; set",
+        ),
+        ({"teachers.qwen.pretraining_steps": 9}, r"^teachers.qwen: pretraining_steps can't be set with .*qwen2_5_vl"),
         ({"variants.valr_s.block": 9}, r"^variants.valr_s.block=9 but this model has blocks 0..3"),
         ({"alignment.teachers": ["dinov4"]}, "alignment.teachers names 'dinov4', .* did you mean 'dinov3'"),
         ({"variants.valr_s.teachers": ["clip"]}, "variants.valr_s.teachers names 'clip', which is not in teachers"),
@@ -104,7 +114,7 @@ def test_a_mapping_for_sources_is_the_whole_list_and_for_teachers_is_merged() ->
     one_path = override(recipes.tiny(), {"data.sources.zebra_cot.path": "here"}).data.sources
     assert (len(one_path), one_path["zebra_cot"].path) == (3, "here")
     teachers = override(recipes.tiny(), {"teachers": {"pi3": {"image_pixels": 28}}}).teachers
-    assert (len(teachers), teachers["pi3"].image_pixels) == (3, 28)
+    assert (len(teachers), teachers["pi3"].image_pixels) == (4, 28)
 
 
 def test_the_order_of_a_table_in_the_file_changes_nothing() -> None:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from valr_ops.recipe import recipes
-from valr_ops.recipe.recipe import Recipe, RecipeError, read
+from valr_ops.recipe import cost, recipes
+from valr_ops.recipe.recipe import Recipe, RecipeError, override, read
 from valr_ops.store import assumptions
 from valr_ops.store.artifacts import StageContext
 from valr_ops.store.progress import Progress
@@ -68,7 +68,7 @@ def _settings(recipe: Recipe) -> tuple[frozenset[str], float, int, int]:
     return frozenset(recipe.alignment.teachers), recipe.alignment.weight, recipe.alignment.block, recipe.latents.slots
 
 
-def test_every_trained_row_of_the_ablations_has_a_variant_except_those_with_qwens_encoder() -> None:
+def test_every_trained_row_of_the_ablations_has_a_variant() -> None:
     recipe, tables = recipes.paper(), recipes.paper_tables()["tables"]
     ours = {_settings(recipe.for_variant(name)) for name in recipe.variants}
     teachers, weight, block, slots = _settings(recipe)
@@ -80,17 +80,22 @@ def test_every_trained_row_of_the_ablations_has_a_variant_except_those_with_qwen
     wanted = {
         (frozenset() if lam == 0 else encoders, lam, layer, k)
         for encoders, lam, layer, k in wanted
-        if (encoders or lam == 0) and not encoders & {"qwen", "qwen2.5-vl-7b"}
+        if (encoders or lam == 0) and encoders != {"qwen2.5-vl-7b"}  # the untrained model, at the head of table 5
     }
+    wanted.add((frozenset(["qwen"]), weight, block, slots))  # valr_qwen_encoder of table 3, which names no teacher
     assert wanted - ours == set()
-    assert len(wanted) == 18
+    assert len(wanted) == 24
+    assert {row["model"] for row in tables["3"]["rows"]} - recipe.variants.keys() == {"qwen2.5-vl-7b", "vanilla_sft"}
 
 
-def test_figure_3_limits_the_records_of_stage_2() -> None:
-    sizes = recipes.paper_tables()["tables"]["fig3"]["sizes"]
-    variants = recipes.paper().variants
-    for model in ("valr_s", "valr_m"):
-        assert [variants[f"figure3_{model}_{size // 1000}k"].records for size in sizes[:-1]] == sizes[:-1]
+def test_figure_3_limits_the_records_of_the_stage_that_ends_a_model() -> None:
+    figure, recipe = recipes.paper_tables()["tables"]["fig3"], recipes.paper()
+    *fewer, _ = figure["sizes"]
+    for model in figure["models"]:
+        made = [recipe.for_variant(f"figure3_{model}_{size // 1000}k") for size in fewer]
+        limited, whole = ("stage1", "stage2") if model == "vanilla_sft" else ("stage2", "stage1")
+        assert [getattr(one, limited).records for one in made] == fewer
+        assert [getattr(one, whole).records for one in made] == [None] * len(fewer)
 
 
 def test_valr_m_is_valr_s_with_two_more_teachers() -> None:
@@ -102,7 +107,10 @@ def test_valr_m_is_valr_s_with_two_more_teachers() -> None:
 def test_weights_of_the_large_scales_are_pinned_files_or_commits(name: str) -> None:
     recipe = recipes.scale(name)
     assert recipe.base.revision is not None and len(recipe.base.revision) == 40
-    assert all(teacher.weights and teacher.license != "unknown" for teacher in recipe.teachers.values())
+    own = recipe.teachers["qwen"]
+    assert own.architecture == "qwen2_5_vl" and own.weights is None and own.license != "unknown"
+    others = [teacher for name, teacher in recipe.teachers.items() if name != "qwen"]
+    assert all(teacher.weights and teacher.license != "unknown" for teacher in others)
     assert all(source.path for source in recipe.data.sources.values())
 
 
@@ -111,6 +119,20 @@ def test_an_update_has_the_papers_global_batch(name: str) -> None:
     recipe = recipes.scale(name)
     for training in (recipe.stage1, recipe.stage2):
         assert training.micro_batch * training.accumulation * recipe.runtime.processes == 128
+
+
+@pytest.mark.parametrize(("name", "last"), [("small", 35), ("paper", 27)])
+def test_a_block_that_a_published_model_does_not_have_is_refused_before_anything_is_fetched(
+    name: str, last: int
+) -> None:
+    recipe = recipes.scale(name)
+    model = cost.shape(recipe)
+    assert model is not None and model.layers == recipe.base.blocks == last + 1
+    assert override(recipe, {"alignment.block": last}).alignment.block == last
+    with pytest.raises(RecipeError, match=rf"^alignment.block=40 but this model has blocks 0\.\.{last}; set it to 1"):
+        override(recipe, {"alignment.block": 40})
+    with pytest.raises(RecipeError, match=rf"^variants.high: alignment.block=40 but this model has blocks 0\.\.{last}"):
+        override(recipe, {"variants.high.block": 40}).for_variant("high")
 
 
 def test_scale_tiny_needs_neither_files_nor_a_network() -> None:

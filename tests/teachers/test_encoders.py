@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from valr_ops.recipe.recipe import TeacherRecipe
+from tests import tiny
+from valr_ops.model.qwen import save_model
+from valr_ops.recipe.recipe import QWEN_TOWER, TeacherRecipe
 from valr_ops.teachers.encoders import Teacher, TeacherError, _build, load_teacher, read_teacher
 
 WIDTHS = {"embed_dim": 16, "depth": 1, "num_heads": 2}
@@ -244,3 +248,117 @@ def test_a_saved_teacher_reads_back_and_a_changed_one_is_refused(tmp_path: Path)
         read_teacher(tmp_path)
     with pytest.raises(TeacherError, match="does not exist"):
         read_teacher(tmp_path / "elsewhere")
+
+
+# ------------------------------------------------------------------------- the vision tower of Qwen2.5-VL itself
+
+
+@pytest.fixture(scope="module")
+def base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base_model")
+    save_model(tiny.model(seed=3), tiny.processor(), folder, {})
+    return folder
+
+
+def tower_recipe(**changes: Any) -> TeacherRecipe:
+    values = {"architecture": "qwen2_5_vl", "model": QWEN_TOWER, "image_pixels": 64}
+    return TeacherRecipe.model_validate(values | changes)
+
+
+def tower(folder: Path | None, **changes: Any) -> Teacher:
+    return load_teacher("qwen", tower_recipe(**changes), seed=0, base_model=folder)
+
+
+def copied(folder: Path, to: Path, file: str = "", **changes: Any) -> Path:
+    """A copy of a checkpoint folder; `changes` are made in the JSON `file`, below its key `within`."""
+    shutil.copytree(folder, to)
+    if file:
+        values = json.loads((to / file).read_text())
+        values[changes.pop("within")].update(changes)
+        (to / file).write_text(json.dumps(values))
+    return to
+
+
+@pytest.mark.parametrize("side", [64, 160], ids=["one window", "four windows"])
+def test_qwens_tower_gives_what_the_whole_model_computes_of_the_same_pixels(base_model: Path, side: int) -> None:
+    teacher, images = tower(base_model, image_pixels=side), [picture(side, side), tiny.image(1, side, side)]
+    seen = tiny.processor().image_processor(images=images, return_tensors="pt")
+    assert seen["image_grid_thw"].tolist() == [[1, side // 8, side // 8]] * 2
+    whole = tiny.model(seed=3).model.get_image_features(**seen, return_dict=True).pooler_output
+    assert teacher.grid == (side // 16, side // 16) and teacher.dim == 32
+    torch.testing.assert_close(teacher(images).flatten(1, 2), torch.stack(list(whole)), rtol=0, atol=1e-6)
+
+
+def test_qwens_tower_sees_the_squashed_image_as_every_teacher_does(base_model: Path) -> None:
+    teacher, wide = tower(base_model), picture(200, 40)
+    squashed = wide.resize((64, 64), PIL.Image.Resampling.BICUBIC)
+    assert torch.equal(teacher([wide]), teacher([squashed])) and teacher([wide]).shape == (1, 4, 4, 32)
+
+
+def test_only_the_tower_of_a_checkpoint_is_read(base_model: Path, tmp_path: Path) -> None:
+    folder = copied(base_model, tmp_path / "sharded")
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    # transformers keeps such names in memory; the hub's checkpoints have no model. before them.
+    below = {f"model.{key}": tensor.bfloat16() for key, tensor in weights.items() if key.startswith("visual.")}
+    save_file(below | {"model.norm.weight": torch.zeros(3)}, folder / "2.safetensors")
+    (folder / "1.safetensors").write_bytes(b"the language model, which nobody opens")
+    weight_map = {key: "1.safetensors" for key in weights if not key.startswith("visual.")}
+    index = {"weight_map": weight_map | dict.fromkeys(below, "2.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    read = tower(None, weights=str(folder))
+    assert read.model.state_dict().keys() == tower(base_model).model.state_dict().keys()
+    assert all(tensor.dtype == torch.float32 for tensor in read.model.state_dict().values())
+    torch.testing.assert_close(read([picture(64, 64)]), tower(base_model)([picture(64, 64)]), rtol=0.1, atol=0.02)
+
+
+def test_qwens_mean_and_deviation_are_those_of_its_own_processor(base_model: Path, tmp_path: Path) -> None:
+    changes = {"within": "image_processor", "image_mean": [0.0] * 3, "image_std": [1.0, 1.0, 0.5]}
+    other = tower(copied(base_model, tmp_path / "other", "processor_config.json", **changes))
+    assert (other.preprocessing["mean"], other.preprocessing["std"]) == ([0.0] * 3, [1.0, 1.0, 0.5])
+    assert other.fingerprint != tower(base_model).fingerprint == tower(base_model).fingerprint
+
+
+def test_the_fingerprint_of_qwens_tower_follows_what_no_weight_shows(base_model: Path, tmp_path: Path) -> None:
+    same = tower(copied(base_model, tmp_path / "same"))
+    narrow = tower(copied(base_model, tmp_path / "narrow", "config.json", within="vision_config", window_size=32))
+    assert same.fingerprint == tower(base_model).fingerprint != narrow.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.json", None, r"has no config.json; give the folder of a Qwen2.5-VL checkpoint"),
+        ("config.json", b'{"model_type": "qwen2"}', r"holds a model of type 'qwen2'"),
+        ("config.json", b"{", r"is no whole checkpoint"),
+        ("model.safetensors", None, r"lacks model.safetensors; copy the checkpoint again"),
+        ("model.safetensors", b"x" * 64, r"model.safetensors can't be read as safetensors"),
+        ("model.safetensors.index.json", b"{}", r"index.json can't be read"),
+    ],
+)
+def test_a_checkpoint_that_is_not_whole_is_named(
+    base_model: Path, tmp_path: Path, file: str, content: bytes | None, message: str
+) -> None:
+    folder = copied(base_model, tmp_path / "broken")
+    if content is None:
+        (folder / file).unlink()
+    else:
+        (folder / file).write_bytes(content)
+    with pytest.raises(TeacherError, match=rf"(?s)^teachers.qwen.weights=.*broken.*{message}"):
+        tower(None, weights=str(folder))
+
+
+def test_a_tower_without_its_weights_a_folder_or_a_fitting_size_says_what_to_change(
+    base_model: Path, tmp_path: Path
+) -> None:
+    folder = copied(base_model, tmp_path / "towerless")
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        {key: value for key, value in weights.items() if "visual.merger" not in key}, folder / "model.safetensors"
+    )
+    with pytest.raises(TeacherError, match=r"the base model in .*towerless.* 5 missing \(merger.ln_q.weight"):
+        tower(folder)
+    with pytest.raises(TeacherError, match=r"teachers.qwen has no weights; set weights .*input base_model"):
+        tower(None)
+    with pytest.raises(TeacherError, match=r"teachers.qwen.image_pixels=72 is no multiple .* 16 px; set it to 64"):
+        tower(base_model, image_pixels=72)

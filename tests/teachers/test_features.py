@@ -17,16 +17,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests import tiny
 from valr_ops.data.corpus import ImageSpool, ImageStore
 from valr_ops.data.records import Box, Image
 from valr_ops.data.rewriting import SEQUENCE_SCHEMA
+from valr_ops.model.qwen import save_model
 from valr_ops.recipe import recipes
 from valr_ops.recipe.recipe import Recipe, override
 from valr_ops.store.artifacts import StageContext, StageReport
 from valr_ops.store.progress import Progress
 from valr_ops.teachers import features
 from valr_ops.teachers.encoders import Teacher, load_teacher, read_teacher
-from valr_ops.teachers.features import FeatureError, FeatureStore, build_teacher_features, read_targets
+from valr_ops.teachers.features import FeatureError, FeatureStore, build_teacher_features, open_stores, read_targets
 
 SMALL = {
     "teachers.dinov3.arguments": {"embed_dim": 16, "depth": 1, "num_heads": 2, "img_size": 64},
@@ -256,6 +258,41 @@ def test_a_corpus_without_targets_is_refused(inputs: dict[str, Path], tmp_path: 
 def test_a_teacher_that_the_recipe_does_not_have_is_named(inputs: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(FeatureError, match=r"needs teachers.dinov9, but the recipe has dinov3"):
         build(inputs, tmp_path / "run", teacher="dinov9")
+
+
+def test_the_base_models_own_tower_is_a_teacher_like_any_other(inputs: dict[str, Path], tmp_path: Path) -> None:
+    base_model = tmp_path / "base_model"
+    save_model(tiny.model(seed=3), tiny.processor(), base_model, {})
+    report = build(inputs | {"base_model": base_model}, tmp_path / "run", teacher="qwen")
+    store = open_stores("stage2_mine", ["qwen"], {"teacher_features_qwen": tmp_path / "run/out"})["qwen"]
+    assert report.checks[0].passed and (len(store), store.dim) == (48, 32)
+    digest, box = list(store)[5]
+    crop = ImageStore(inputs["cot_corpus"]).load(digest, box)
+    teacher = load_teacher("qwen", small_recipe().teachers["qwen"], seed=0, base_model=base_model)
+    torch.testing.assert_close(store.get(digest, box).float(), teacher([crop])[0], rtol=1e-2, atol=1e-2)
+    assert not (tmp_path / "run/out/teacher.safetensors").exists(), "its weights are kept in base_model"
+
+
+def test_a_stage_without_the_features_of_its_teacher_is_told_where_to_get_them(
+    inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    build(inputs, tmp_path / "run")
+    reads = {"cot_corpus": inputs["cot_corpus"], "teacher_features_dinov3": tmp_path / "run/out"}
+    assert list(open_stores("stage2_valr_s", ["dinov3"], reads)) == ["dinov3"]
+    with pytest.raises(
+        FeatureError, match=r"stage2_valr_s aligns to qwen, but reads features of dinov3 only; add teach"
+    ):
+        open_stores("stage2_valr_s", ["dinov3", "qwen"], reads)
+    with pytest.raises(
+        FeatureError, match=r"reads features of no teacher only; add teacher_features_dinov3 to its inp"
+    ):
+        open_stores("stage2_valr_s", ["dinov3"], inputs)
+    with pytest.raises(
+        FeatureError, match=r"holds features of dinov3, not of siglip2; .* `valr run teacher_features_s"
+    ):
+        open_stores("stage2_valr_s", ["siglip2"], {"teacher_features_siglip2": tmp_path / "run/out"})
+    with pytest.raises(FeatureError, match=r"index.json does not exist; make the features with `valr run teacher_feat"):
+        open_stores("stage2_valr_s", ["dinov3"], {"teacher_features_dinov3": tmp_path / "teacher_features_dinov3"})
 
 
 def test_one_target_is_enough(inputs: dict[str, Path], tmp_path: Path) -> None:

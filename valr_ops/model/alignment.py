@@ -7,11 +7,13 @@ The cosine runs over the feature axis, in float32 or wider. Sums and counts are 
 knows the number of segments of the whole accumulation window and of all ranks. The same cosine against *another*
 image's features is the control: without it, a good value may only mean that the teacher's mean was learned.
 
-Always: a segment without a target contributes nothing, and every projector gets a gradient, if only zero.
+Always: a segment without a target contributes nothing, every projector gets a gradient, if only zero, and grids may
+differ between the targets of a batch and between teachers.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -66,7 +68,8 @@ class TeacherAlignment:
     segments: int
     """Number of segments that had a target."""
     control_sum: float
-    """Sum of the mean cosine to another image's features, over the segments that had another image to compare with."""
+    """Sum over segments of what their mean cosine is if another image's features, on its own grid, are the target; over
+    the segments that had another image in the batch."""
     control_segments: int
     """Number of those segments."""
 
@@ -133,51 +136,62 @@ def _one_teacher(
     keys: Sequence[TargetKey | None],
     upsample: str,
 ) -> TeacherAlignment:
-    # A rank whose batch uses no projector must still reduce its gradients, or the collective never completes.
-    loss_sum = torch.stack([parameter.sum() for parameter in projector.parameters()]).sum() * 0.0
-    control_sum, control_segments, segments = 0.0, 0, 0
-    for members in _by_grid(targets).values():
-        assert states is not None
-        target = torch.stack([features for i in members if (features := targets[i]) is not None]).to(states.device)
-        height, width, dimension = target.shape[1:]
-        matrix = upsampling_matrix(states.shape[1], height, width, upsample).to(states)
-        predicted = projector(states[members], matrix)
+    groups = _by_grid(targets)
+    if states is None or not groups:
+        # A rank whose batch uses no projector must still reduce its gradients, or the collective never completes.
+        nothing = torch.stack([parameter.sum() for parameter in projector.parameters()]).sum() * 0.0
+        return TeacherAlignment(nothing, segments=0, control_sum=0.0, control_segments=0)
+    others = _another_image([key if target is not None else None for key, target in zip(keys, targets, strict=True)])
+    losses: list[Tensor] = []
+    controls: list[Tensor] = []
+    for (height, width, dimension), members in groups.items():
+        here = set(members)
+        asked = [segment for segment, other in others.items() if other in here]
+        # A segment of another grid is resized to this one as well if its control is here.
+        rows = [*members, *(segment for segment in asked if segment not in here)]
+        matrix = _upsampling_matrix_on(states.device, states.dtype, states.shape[1], height, width, upsample)
+        predicted = projector(states[rows], matrix)
         if predicted.shape[2] != dimension:
             raise AlignmentError(
                 f"{name}: the projector makes {predicted.shape[2]} features a patch but the target has {dimension} "
-                f"(shape {list(target.shape[1:])}); build Projectors with the teacher's own dimension"
+                f"(shape {[height, width, dimension]}); build Projectors with the teacher's own dimension"
             )
+        target = torch.stack([features for i in members if (features := targets[i]) is not None]).to(states.device)
         target = target.flatten(1, 2)
-        loss_sum = loss_sum - _cosine(predicted, target).mean(dim=1).sum()
-        segments += len(members)
-        asked, other = _another_image([keys[i] for i in members])
+        losses.append(-_cosine(predicted[: len(members)], target).mean(dim=1).sum())
         if asked:
-            control_sum += float(_cosine(predicted.detach()[asked], target[other]).mean(dim=1).sum())
-            control_segments += len(asked)
-    return TeacherAlignment(loss_sum, segments, control_sum, control_segments)
+            row = {segment: row for row, segment in enumerate(rows)}
+            own, foreign = [row[segment] for segment in asked], [row[others[segment]] for segment in asked]
+            controls.append(_cosine(predicted.detach()[own], target[foreign]).mean(dim=1).sum())
+    return TeacherAlignment(
+        loss_sum=torch.stack(losses).sum(),
+        segments=sum(map(len, groups.values())),
+        control_sum=float(sum(controls)),
+        control_segments=len(others),
+    )
 
 
-def _by_grid(targets: Sequence[Tensor | None]) -> dict[tuple[int, ...], list[int]]:
-    """Indices of the segments with a target, by the target's grid."""
-    groups: dict[tuple[int, ...], list[int]] = {}
+def _by_grid(targets: Sequence[Tensor | None]) -> dict[tuple[int, int, int], list[int]]:
+    """Indices of the segments with a target, by the target's shape [h, w, D]."""
+    groups: dict[tuple[int, int, int], list[int]] = {}
     for index, features in enumerate(targets):
         if features is not None:
-            groups.setdefault(tuple(features.shape), []).append(index)
+            height, width, dimension = features.shape
+            groups.setdefault((height, width, dimension), []).append(index)
     return groups
 
 
-def _another_image(keys: Sequence[TargetKey | None]) -> tuple[list[int], list[int]]:
-    """For every segment the first one of the next image, by first appearance; empty where there is only one image."""
+def _another_image(keys: Sequence[TargetKey | None]) -> dict[int, int]:
+    """For every segment with a key the first segment of the next image; empty where there is only one image."""
     first: dict[str, int] = {}
     for index, key in enumerate(keys):
         if key is not None:
             first.setdefault(key[0], index)
     images = list(first)
     if len(images) < 2:
-        return [], []
+        return {}
     following = {image: first[images[(at + 1) % len(images)]] for at, image in enumerate(images)}
-    asked = [index for index, key in enumerate(keys) if key is not None]
-    return asked, [following[key[0]] for key in keys if key is not None]
+    return {index: following[key[0]] for index, key in enumerate(keys) if key is not None}
 
 
 def _cosine(predicted: Tensor, target: Tensor) -> Tensor:
@@ -186,11 +200,19 @@ def _cosine(predicted: Tensor, target: Tensor) -> Tensor:
     return F.cosine_similarity(predicted.to(wide), target.to(wide), dim=-1)
 
 
+@functools.lru_cache(maxsize=64)
+def _upsampling_matrix_on(
+    device: torch.device, dtype: torch.dtype, slots: int, height: int, width: int, mode: str
+) -> Tensor:
+    """`upsampling_matrix` where the states are: made once for each of the few grids of a run."""
+    return upsampling_matrix(slots, height, width, mode).to(device, dtype)
+
+
 def upsampling_matrix(slots: int, height: int, width: int, mode: str) -> Tensor:
     """The resize from K slots to a patch grid as a matrix, [height * width, K], rows summing to one, both row-major.
 
-    A matrix product needs no transposition of the features, and unlike `F.interpolate` it has a deterministic gradient
-    on GPUs. Corners are not aligned: slots and patches are areas, not points.
+    float64 on the CPU. A matrix product needs no transposition of the features, and unlike `F.interpolate` it has a
+    deterministic gradient on GPUs. Corners are not aligned: slots and patches are areas, not points.
 
     Raises:
         AlignmentError: an unknown mode, or K is no square and the mode needs a grid.

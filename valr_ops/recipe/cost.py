@@ -2,14 +2,18 @@
 
 In: a recipe, or the shape of a Qwen2.5-VL. Out: numbers, all exact for the shapes given and none measured.
 Conventions: a multiply-add is two FLOPs; only matrix products are counted (linear layers, attention scores and their
-products with the values), not norms, activations, softmax or embedding look-ups; attention is causal in the decoder
-and windowed in the vision tower; a backward pass costs twice its forward pass, and the frozen tower has none. A latent
-slot is a position like any other: fed back one at a time it needs more time, not more operations.
+products with the values), not norms, activations, softmax or embedding look-ups; attention is causal in the decoder,
+so half of the square counts, and windowed in the vision tower; a backward pass costs twice its forward pass, and the
+frozen tower has none. These are model FLOPs: a latent slot is a position like any other, and what an implementation
+does beside (roll-out, feedback hops, activations computed again) makes utilisation lower, not the count higher.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any, Literal
 
 from valr_ops.recipe.recipe import Recipe, TinyModelRecipe, TrainingRecipe
 
@@ -132,8 +136,40 @@ def _tiny_shape(widths: TinyModelRecipe) -> Shape:
     )
 
 
+def shape_of(config: Any) -> Shape:
+    """The shape of a loaded model, from its transformers `Qwen2_5_VLConfig`."""
+    text, vision = config.get_text_config(), config.vision_config
+    return Shape(
+        hidden=text.hidden_size,
+        layers=text.num_hidden_layers,
+        key_value_width=text.num_key_value_heads * (text.hidden_size // text.num_attention_heads),
+        intermediate=text.intermediate_size,
+        vocabulary=text.vocab_size,
+        tied=bool(config.tie_word_embeddings),
+        vision_hidden=vision.hidden_size,
+        vision_layers=vision.depth,
+        vision_intermediate=vision.intermediate_size,
+        vision_patch=vision.patch_size,
+        vision_window=vision.window_size // vision.patch_size,
+        vision_full_layers=len(vision.fullatt_block_indexes),
+    )
+
+
+def batch_flops(model: Shape, rows: Iterable[tuple[int, int]], frames: Iterable[int]) -> int:
+    """FLOPs of a forward and backward pass with a frozen vision tower, teachers and projectors not counted.
+
+    Args:
+        model: the shape of the model.
+        rows: of every record the decoder positions, image positions and slots included, and how many of them have a
+            supervised next token.
+        frames: patches of every image or pair of video frames; the tower sees each by itself.
+    """
+    decoder = sum(model.decoder_flops(positions, labelled) for positions, labelled in rows)
+    return 3 * decoder + sum(model.vision_flops(patches) for patches in frames)
+
+
 def train_step_flops(model: Shape, *, records: int, positions: int, labelled: int, patches: int) -> int:
-    """FLOPs of one optimizer update with a frozen vision tower, teachers and projectors not counted.
+    """`batch_flops` of one optimizer update of like records with one image each.
 
     Args:
         model: the shape of the model.
@@ -142,7 +178,42 @@ def train_step_flops(model: Shape, *, records: int, positions: int, labelled: in
         labelled: positions of a record whose next token is supervised.
         patches: vision patches of a record's image.
     """
-    return records * (3 * model.decoder_flops(positions, labelled) + model.vision_flops(patches))
+    return records * batch_flops(model, [(positions, labelled)], [patches])
+
+
+_PEAK_TFLOPS: Mapping[str, tuple[float, float]] = {
+    "A100": (19.5, 312),
+    "H100 PCIe": (51, 756),
+    "H100 NVL": (60, 835),
+    "H100": (67, 989),
+    "H200 NVL": (60, 836),
+    "H200": (67, 989),
+    "GH200": (67, 989),
+    "B200": (75, 2250),
+    "A40": (37.4, 149.7),
+    "RTX A6000": (38.7, 154.8),
+    "L4": (30.3, 121),
+    "L40S": (91.6, 362),
+    "RTX 3090": (35.6, 71),
+    "RTX 4090": (82.6, 165.2),
+}
+"""By words of a device's name: float32 without and bfloat16 with tensor cores, dense, from the maker's data sheets."""
+
+
+def peak_flops(device: str, precision: Literal["float32", "bfloat16"]) -> float | None:
+    """FLOPs a second that a GPU can do at most, or None for one that is not in the table or only a part of one.
+
+    Args:
+        device: its name, as `torch.cuda.get_device_name` gives it, e.g. "NVIDIA A100-SXM4-80GB".
+        precision: of the products.
+    """
+    words = set(re.split(r"[\s-]+", device))
+    if "MIG" in words:
+        return None
+    for name, (float32, bfloat16) in _PEAK_TFLOPS.items():
+        if words.issuperset(name.split()):
+            return 1e12 * (bfloat16 if precision == "bfloat16" else float32)
+    return None
 
 
 def training_bytes(model: Shape, training: TrainingRecipe, processes: int) -> int:

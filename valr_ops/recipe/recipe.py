@@ -37,6 +37,10 @@ Table = Annotated[dict[Name, Entry], AfterValidator(_by_name)]
 """Named entries, always in the order of their names, so that the file they were read from can't change a result."""
 
 
+QWEN_TOWER = "Qwen2_5_VisionTransformerPretrainedModel"
+"""transformers' class of Qwen2.5-VL's vision tower and merger."""
+
+
 class RecipeError(ValueError):
     """A recipe that can't be run: the message names the field, the value, what is allowed and the fix."""
 
@@ -132,6 +136,9 @@ class TinyModelRecipe(_Values):
     """Paper silent; a stand-in for Qwen's pretrained vision tower: without it nothing is learned from images."""
 
 
+_PUBLISHED_BLOCKS = {"Qwen/Qwen2.5-VL-3B-Instruct": 36, "Qwen/Qwen2.5-VL-7B-Instruct": 28}
+
+
 class BaseModelRecipe(_Values):
     """The model that stage 1 starts from."""
 
@@ -160,6 +167,11 @@ class BaseModelRecipe(_Values):
         _check_pinned(self.hub_id, self.revision, "path to a local folder")
         return self
 
+    @property
+    def blocks(self) -> int | None:
+        """Number of decoder blocks; None where only the checkpoint says it."""
+        return self.from_scratch.layers if self.from_scratch else _PUBLISHED_BLOCKS.get(self.hub_id or "")
+
 
 class LatentRecipe(_Values):
     """Latent segments."""
@@ -172,13 +184,19 @@ class LatentRecipe(_Values):
     """Paper silent; `</latent>` is forced after K slots at generation, so learning to predict it is left out."""
     feedback_gradient: str = Field(default="full", pattern=r"^(full|cut|hops:[1-9][0-9]*)$")
     """Paper silent; we choose the full gradient through the fed-back states, the one that needs no argument."""
-    method: Literal["sequential", "reference"] = "sequential"
-    """Paper silent; `reference` re-runs the growing prefix for every slot and exists for tests."""
+    method: Literal["two_pass", "sequential", "reference"] = "sequential"
+    """Paper silent; `two_pass` rolls the slots out without gradient and then trains in parallel, `sequential` keeps the
+    graph of every slot, `reference` re-runs the growing prefix for every slot and exists for tests."""
 
     @model_validator(mode="after")
-    def _inside_needs_room(self) -> LatentRecipe:
+    def _fields_fit(self) -> LatentRecipe:
         if self.control_tokens == "inside" and self.slots < 3:
             raise ValueError(f"slots={self.slots} leaves no slot between the control tokens; set slots to 3 or more")
+        if self.feedback_gradient.startswith("hops") and self.method != "two_pass":
+            raise ValueError(
+                f"feedback_gradient={self.feedback_gradient} counts hops, which method={self.method} does not make; "
+                "set method to two_pass, or feedback_gradient to full or cut"
+            )
         return self
 
     @property
@@ -213,14 +231,16 @@ class AlignmentRecipe(_Values):
 class TeacherRecipe(_Values):
     """One frozen vision encoder."""
 
-    architecture: Literal["timm", "pi3"]
-    """Paper: section 4 names the encoders; the library that builds the class."""
+    architecture: Literal["timm", "pi3", "qwen2_5_vl"]
+    """Paper: section 4 names the encoders, tables 3 and 9 Qwen2.5-VL's own; what builds the class."""
     model: str
-    """Paper: "all ViT-L"; the timm name of the class (for pi3, of its image encoder)."""
+    """Paper: "all ViT-L"; the timm name of the class (for pi3, of its image encoder), or for qwen2_5_vl its one class.
+    """
     arguments: dict[str, Any] = {}
     """Paper silent; keyword arguments of the class, used for the tiny widths."""
     weights: str | None = None
-    """Paper silent; a local safetensors file. Empty at scale tiny, where the teacher is trained on drawn scenes."""
+    """Paper silent; a local safetensors file, for qwen2_5_vl a checkpoint folder. Empty: qwen2_5_vl is the tower of
+    base_model, and at scale tiny the other teachers are trained on drawn scenes."""
     hub_id: str | None = None
     """Paper silent; a hub repository instead of a file. Needs `revision`."""
     revision: str | None = None
@@ -237,6 +257,22 @@ class TeacherRecipe(_Values):
         if self.weights is not None and self.hub_id is not None:
             raise ValueError("weights and hub_id are both set; keep one and set the other to null")
         _check_pinned(self.hub_id, self.revision, "weights to a local file")
+        return self
+
+    @model_validator(mode="after")
+    def _a_tower_is_what_its_checkpoint_says(self) -> TeacherRecipe:
+        if self.architecture != "qwen2_5_vl":
+            return self
+        if self.model != QWEN_TOWER:
+            raise ValueError(
+                f"model={self.model!r} but architecture qwen2_5_vl has one class; set model to {QWEN_TOWER}"
+            )
+        foreign = [name for name in ("hub_id", "arguments", "pretraining_steps") if getattr(self, name)]
+        if foreign:
+            raise ValueError(
+                f"{' and '.join(foreign)} can't be set with architecture qwen2_5_vl, whose widths and weights are "
+                "those of a checkpoint; leave it out, and set weights to a folder unless base_model's tower is meant"
+            )
         return self
 
 
@@ -273,6 +309,8 @@ class TrainingRecipe(_Values):
     """Paper silent; bfloat16 on GPUs, float32 on the CPU."""
     checkpoint_every: PositiveInt = 100
     """Paper silent; updates between two checkpoints from which a killed run goes on."""
+    keep_checkpoints: PositiveInt = 2
+    """Paper silent; newest checkpoints that stay on disk, two because one may be damaged there."""
     log_every: PositiveInt = 1
     """Paper silent; updates between two lines of the training log."""
 
@@ -288,6 +326,8 @@ class EvaluationRecipe(_Values):
     """Paper silent; bound on latent segments in one answer."""
     force_first_latent: bool = False
     """Paper silent; the model has to open its first segment by itself, and the trigger rate is reported."""
+    latent_settle: float | None = Field(default=None, ge=-1.0, le=1.0)
+    """Paper silent; cosine of successive latents from which a segment ends early; null always uses all slots."""
     limit: PositiveInt | None = None
     """Paper silent; the first items only, for trials."""
     confidence: Fraction = 0.95
@@ -318,6 +358,8 @@ class Variant(_Values):
     """Paper: table 12."""
     records: PositiveInt | None = None
     """Paper: figure 3, training records of stage 2 at a fixed number of updates."""
+    stage1_records: PositiveInt | None = None
+    """Paper: figure 3, training records of stage 1, for the models without latents, which end there."""
 
 
 class Recipe(_Values):
@@ -354,7 +396,9 @@ class Recipe(_Values):
         self._check_block("alignment.block", self.alignment.block)
         for name, variant in self.variants.items():
             self._check_teachers(f"variants.{name}.teachers", variant.teachers or ())
-            self._check_block(f"variants.{name}.block", variant.block or 0)
+            if self.base.from_scratch:
+                # Elsewhere for_variant refuses it: another base model makes only the variants that name a block wrong.
+                self._check_block(f"variants.{name}.block", variant.block or 0)
         fed = self.latents.fed_slots
         if self.alignment.upsample != "linear_1d" and math.isqrt(fed) ** 2 != fed:
             raise ValueError(
@@ -369,8 +413,8 @@ class Recipe(_Values):
                 raise ValueError(f"{where} names {name!r}, which is not in teachers{_nearest(name, self.teachers)}")
 
     def _check_block(self, where: str, block: int) -> None:
-        if self.base.from_scratch and block >= self.base.from_scratch.layers:
-            last = self.base.from_scratch.layers - 1
+        if self.base.blocks is not None and block >= self.base.blocks:
+            last = self.base.blocks - 1
             raise ValueError(
                 f"{where}={block} but this model has blocks 0..{last}; "
                 f"set it to {round(last * 12 / 27)} (paper, table 6: block 12 of 0..27)"
@@ -391,6 +435,7 @@ class Recipe(_Values):
             "alignment.block": variant.block,
             "latents.slots": variant.slots,
             "stage2.records": variant.records,
+            "stage1.records": variant.stage1_records,
         }
         try:
             return override(self, {key: value for key, value in changes.items() if value is not None})

@@ -4,9 +4,6 @@ In: a scale's name, ``params.yaml``, overrides from the command line (which win 
 `Recipe` and the ledger of where each of its values comes from.
 Always: a scale is a plain function that returns a value, a variant changes a few fields of it, and every number that
 the paper prints is in `paper_tables`, never in code.
-
-Left out until what they need is there: the cells with Qwen's own encoder as teacher (tables 3 and 9), and figure 3's
-models without latents (they need a second stage 1).
 """
 
 from __future__ import annotations
@@ -21,6 +18,7 @@ from typing import Any
 import yaml
 
 from valr_ops.recipe.recipe import (
+    QWEN_TOWER,
     AlignmentRecipe,
     BaseModelRecipe,
     DataRecipe,
@@ -66,7 +64,7 @@ def tiny() -> Recipe:
         base=BaseModelRecipe(from_scratch=TinyModelRecipe(), max_pixels=160 * 16 * 16),
         latents=LatentRecipe(slots=4),
         alignment=AlignmentRecipe(block=2, projector_width=256),
-        teachers=_tiny_teachers(),
+        teachers=_tiny_teachers() | {"qwen": _own_encoder(64, license="Apache-2.0")},
         stage1=training,
         stage2=training.model_copy(update={"learning_rate": 2e-3, "epochs": 1.0}),
         evaluation=EvaluationRecipe(batch_size=64, max_new_tokens=128),
@@ -86,8 +84,9 @@ def small() -> Recipe:
             min_pixels=4 * 28 * 28,
         ),
         # 36 blocks; 5, 15 and 35 stand where the paper's 4, 12 and 27 stand among 28.
+        latents=LatentRecipe(method="two_pass"),
         alignment=AlignmentRecipe(block=15),
-        teachers=_vit_large_teachers(),
+        teachers=_vit_large_teachers() | {"qwen": _own_encoder(448, license="Qwen-Research")},
         stage1=training,
         stage2=training.model_copy(update={"learning_rate": 2e-6}),
         evaluation=EvaluationRecipe(batch_size=32, max_new_tokens=1024),
@@ -107,7 +106,8 @@ def paper() -> Recipe:
             revision="cc594898137f460bfe9f0759e9844b3ce807cfb5",
             min_pixels=4 * 28 * 28,
         ),
-        teachers=_vit_large_teachers(),
+        latents=LatentRecipe(method="two_pass"),
+        teachers=_vit_large_teachers() | {"qwen": _own_encoder(448, license="Apache-2.0")},
         stage1=training,
         stage2=training.model_copy(update={"learning_rate": 2e-6}),
         evaluation=EvaluationRecipe(batch_size=32, max_new_tokens=1024),
@@ -141,8 +141,18 @@ def valr_no_va() -> Variant:
     return Variant(teachers=(), weight=0.0)
 
 
+def valr_qwen_encoder() -> Variant:
+    """Latents aligned to the base model's own vision tower (table 3)."""
+    return Variant(teachers=("qwen",))
+
+
 def _named_models() -> dict[str, Variant]:
-    return {"valr_s": valr_s(), "valr_m": valr_m(), "valr_no_va": valr_no_va()}
+    return {
+        "valr_s": valr_s(),
+        "valr_m": valr_m(),
+        "valr_no_va": valr_no_va(),
+        "valr_qwen_encoder": valr_qwen_encoder(),
+    }
 
 
 def _table_cells(front_block: int, last_block: int) -> dict[str, Variant]:
@@ -157,6 +167,11 @@ def _table_cells(front_block: int, last_block: int) -> dict[str, Variant]:
         "table4_pi3_dinov3": Variant(teachers=("pi3", "dinov3")),
         "table4_pi3_siglip2": Variant(teachers=("pi3", "siglip2")),
         "table4_dinov3_siglip2": Variant(teachers=("dinov3", "siglip2")),
+        "table9_pi3_qwen": Variant(teachers=("pi3", "qwen")),
+        "table9_dinov3_qwen": Variant(teachers=("dinov3", "qwen")),
+        "table9_siglip2_qwen": Variant(teachers=("siglip2", "qwen")),
+        "table9_dinov3_siglip2_qwen": Variant(teachers=("dinov3", "siglip2", "qwen")),
+        "table9_pi3_dinov3_siglip2_qwen": Variant(teachers=("pi3", "dinov3", "siglip2", "qwen")),
         "table6_block4": Variant(block=front_block),
         "table6_block27": Variant(block=last_block),
     }
@@ -167,6 +182,7 @@ def _table_cells(front_block: int, last_block: int) -> dict[str, Variant]:
     for slots in (1, 4, 9, 25):
         cells[f"table12_k{slots}"] = Variant(slots=slots)
     for thousands in (10, 50, 100, 200):
+        cells[f"figure3_vanilla_sft_{thousands}k"] = Variant(stage1_records=1000 * thousands)
         for name, model in (("valr_s", valr_s()), ("valr_m", valr_m())):
             cells[f"figure3_{name}_{thousands}k"] = model.model_copy(update={"records": 1000 * thousands})
     return cells
@@ -202,6 +218,11 @@ def _vit_large_teachers() -> dict[str, TeacherRecipe]:
         "clip": teacher("clip", "vit_large_patch14_clip_quickgelu_224.openai", 224, "MIT"),
         "pi3": teacher("pi3", "vit_large_patch14_reg4_dinov2", 224, "CC-BY-NC-4.0", architecture="pi3"),
     }
+
+
+def _own_encoder(image_pixels: int, license: str) -> TeacherRecipe:
+    """The vision tower of the base model as a teacher; 448 px are as many merged patches of 28 px as 256 px of 16."""
+    return TeacherRecipe(architecture="qwen2_5_vl", model=QWEN_TOWER, image_pixels=image_pixels, license=license)
 
 
 def _tiny_teachers() -> dict[str, TeacherRecipe]:

@@ -1,7 +1,8 @@
 """Teachers: frozen vision encoders behind one call, images in, patch features out.
 
-In: a `TeacherRecipe` (a timm class or π³; a local safetensors file, a pinned hub revision, or at scale tiny a short
-training on drawn scenes). Out: a `Teacher`; ``teacher(images)`` is ``[N, rows, columns, dim]`` float32.
+In: a `TeacherRecipe`: a timm class or π³ with a local safetensors file, a pinned hub revision, or at scale tiny a short
+training on drawn scenes; or the vision tower inside a Qwen2.5-VL checkpoint. Out: a `Teacher`; ``teacher(images)`` is
+``[N, rows, columns, dim]`` float32.
 Always: one geometry for every teacher (the whole image squashed to a square by PIL's antialiased bicubic filter; no
 crop, whatever a model's own evaluation transform does, so that patch (i, j) of all teachers shows the same place), the
 model's own mean and standard deviation, no prefix tokens, no gradient. `Teacher.fingerprint` names a feature's origin:
@@ -14,6 +15,7 @@ import difflib
 import hashlib
 import inspect
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,13 +23,14 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from valr_ops.recipe.recipe import TeacherRecipe
 from valr_ops.store.progress import Progress
 from valr_ops.teachers.pi3 import HEAD_PREFIXES, Pi3
+from valr_ops.teachers.qwen import QwenTower
 from valr_ops.torchvision_guard import ensure_torchvision
 
 ensure_torchvision()
@@ -48,7 +51,7 @@ class Teacher:
     Args:
         name: the key in ``recipe.teachers``.
         recipe: what it was built from.
-        model: a timm vision transformer or `Pi3`, on its device.
+        model: a timm vision transformer, `Pi3` or `QwenTower`, on its device.
     """
 
     def __init__(self, name: str, recipe: TeacherRecipe, model: nn.Module) -> None:
@@ -84,7 +87,8 @@ class Teacher:
 
         Returns:
             ``[N, rows, columns, dim]`` float32 on the teacher's device, row-major from the top left, after the model's
-            final norm (π³ has none: its last two blocks side by side, each image as a scene of one view).
+            final norm (π³ has none: its last two blocks side by side, each image as a scene of one view; Qwen2.5-VL's
+            tower hands on what its merger makes of 2 x 2 patches).
 
         Raises:
             TeacherError: an image that is not RGB, or a tensor that is not uint8 ``[N, height, width, 3]``.
@@ -116,7 +120,10 @@ class Teacher:
         if isinstance(self.model, Pi3):
             return self.model(pixels[:, None])[:, 0].float()
         mean, std = (torch.tensor(values, device=self.device).view(3, 1, 1) for values in (self._mean, self._std))
-        tokens = self.model.forward_features((pixels - mean) / std)  # type: ignore[operator]
+        normalised = (pixels - mean) / std
+        if isinstance(self.model, QwenTower):
+            return self.model(normalised).float()
+        tokens = self.model.forward_features(normalised)  # type: ignore[operator]
         return tokens[:, self.model.num_prefix_tokens :].float().unflatten(1, self.grid)
 
     @property
@@ -139,6 +146,8 @@ class Teacher:
             "arguments": self.recipe.arguments,
             "preprocessing": self.preprocessing,
         }
+        if isinstance(self.model, QwenTower):
+            settings["tower"] = self.model.settings
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         for key, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}".encode())
@@ -155,7 +164,13 @@ class Teacher:
 
 
 def load_teacher(
-    name: str, recipe: TeacherRecipe, seed: int, *, device: str = "cpu", progress: Progress | None = None
+    name: str,
+    recipe: TeacherRecipe,
+    seed: int,
+    *,
+    device: str = "cpu",
+    base_model: Path | None = None,
+    progress: Progress | None = None,
 ) -> Teacher:
     """Build the teacher `name` and give it its weights.
 
@@ -164,12 +179,15 @@ def load_teacher(
         recipe: architecture, and exactly one origin of weights. ``hub_id`` downloads the pinned revision, here and now.
         seed: for a teacher trained on drawn scenes; the same seed gives the same bytes.
         device: ``cpu`` or ``cuda``.
+        base_model: the artifact of that name, whose tower a teacher of architecture qwen2_5_vl without weights is.
         progress: shows the training on drawn scenes.
 
     Raises:
         TeacherError: an unknown model or argument, no or several origins, weights that don't fit, or a size that is no
             multiple of the patch.
     """
+    if recipe.architecture == "qwen2_5_vl":
+        return Teacher(name, recipe, _read_tower(name, recipe, base_model).to(device))
     origins = [field for field in ("weights", "hub_id") if getattr(recipe, field) is not None]
     origins += ["pretraining_steps"] if recipe.pretraining_steps else []
     if len(origins) != 1:
@@ -274,6 +292,58 @@ def _build(name: str, recipe: TeacherRecipe) -> nn.Module:
     return model
 
 
+def _read_tower(name: str, recipe: TeacherRecipe, base_model: Path | None) -> QwenTower:
+    """The vision tower of a Qwen2.5-VL checkpoint; of its weights, nothing else is read. Raises `TeacherError`."""
+    folder = Path(recipe.weights).expanduser() if recipe.weights else base_model
+    if folder is None:
+        raise TeacherError(
+            f"teachers.{name} has no weights; set weights to the folder of a Qwen2.5-VL checkpoint, or give the stage "
+            f"teacher_features_{name} the input base_model"
+        )
+    where = f"teachers.{name}.weights={folder}" if recipe.weights else f"the base model in {folder}"
+    if not (folder / "config.json").is_file():
+        raise TeacherError(f"{where} has no config.json; give the folder of a Qwen2.5-VL checkpoint")
+    # Imported here because the other teachers need nothing of transformers, and it takes seconds.
+    from transformers import AutoConfig, AutoImageProcessor, Qwen2_5_VLConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise TeacherError(f"{where} is no whole checkpoint: {error}; copy it again") from error
+    if not isinstance(config, Qwen2_5_VLConfig):
+        raise TeacherError(
+            f"{where} holds a model of type {config.model_type!r}; architecture qwen2_5_vl takes the tower of a "
+            "Qwen2.5-VL checkpoint"
+        )
+    model = QwenTower(config.vision_config, tuple(processor.image_mean), tuple(processor.image_std))
+    load_strictly(model.tower, _read_below("visual", folder, where), where=where)
+    return model
+
+
+def _read_below(prefix: str, folder: Path, where: str) -> dict[str, Tensor]:
+    """The tensors of a checkpoint folder whose names begin with `prefix`, without it, and none of the others."""
+    # Checkpoints call the tower visual., transformers since 4.52 in memory model.visual.
+    belongs = re.compile(rf"(?:model\.)?{prefix}\.(.+)")
+    index = folder / "model.safetensors.index.json"
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.is_file() else {}
+    except (ValueError, KeyError) as error:
+        raise TeacherError(f"{where}: {index.name} can't be read: {error!r}; copy it again") from error
+    files = sorted({file for key, file in weight_map.items() if belongs.match(key)}) or ["model.safetensors"]
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        if not (folder / file).is_file():
+            raise TeacherError(f"{where} lacks {file}; copy the checkpoint again, as safetensors")
+        try:
+            with safe_open(folder / file, framework="pt") as opened:
+                wanted = {found[1]: found[0] for found in map(belongs.fullmatch, opened.keys()) if found}
+                tensors |= {name: opened.get_tensor(key) for name, key in wanted.items()}
+        except (SafetensorError, OSError) as error:
+            raise TeacherError(f"{where}: {file} can't be read as safetensors: {error}; copy it again") from error
+    return tensors
+
+
 def _known_arguments(recipe: TeacherRecipe) -> str:
     from timm.models import vision_transformer
 
@@ -285,13 +355,15 @@ def _known_arguments(recipe: TeacherRecipe) -> str:
 
 
 def _patch_size(model: nn.Module) -> int:
-    return model.patch_size if isinstance(model, Pi3) else int(model.patch_embed.patch_size[0])  # type: ignore[union-attr,index]
+    return model.patch_size if isinstance(model, Pi3 | QwenTower) else int(model.patch_embed.patch_size[0])  # type: ignore[union-attr,index]
 
 
 def _normalisation(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of the model's own configuration, for pixels in [0, 1]."""
     if isinstance(model, Pi3):
         return tuple(model.image_mean.flatten().tolist()), tuple(model.image_std.flatten().tolist())
+    if isinstance(model, QwenTower):
+        return model.mean, model.std
     return tuple(model.pretrained_cfg["mean"]), tuple(model.pretrained_cfg["std"])  # type: ignore[index]
 
 

@@ -125,6 +125,30 @@ class FeatureStore:
         return self._shards[shard]
 
 
+def open_stores(stage: str, teachers: Iterable[str], inputs: Mapping[str, Path]) -> dict[str, FeatureStore]:
+    """The features of each of `teachers`, from the artifacts that `stage` reads.
+
+    Raises:
+        FeatureError: a teacher whose features are none of the inputs, are not there, or are another teacher's.
+    """
+    stores = {}
+    for teacher in teachers:
+        name = f"teacher_features_{teacher}"
+        if name not in inputs:
+            there = ", ".join(one.removeprefix("teacher_features_") for one in inputs if one.startswith("teacher_feat"))
+            raise FeatureError(
+                f"{stage} aligns to {teacher}, but reads features of {there or 'no teacher'} only; add {name} to its "
+                "inputs in valr_ops/stages.py, or change the teachers that it aligns to"
+            )
+        stores[teacher] = FeatureStore(inputs[name])
+        if stores[teacher].teacher != teacher:
+            raise FeatureError(
+                f"{inputs[name]} holds features of {stores[teacher].teacher}, not of {teacher}; "
+                f"make them again with `valr run {name} --force`"
+            )
+    return stores
+
+
 def build_teacher_features(context: StageContext) -> StageReport:
     """The stages ``teacher_features_<teacher>``: patch features of every target of the latent corpus.
 
@@ -143,7 +167,12 @@ def build_teacher_features(context: StageContext) -> StageReport:
     started = time.monotonic()
     recipe = context.recipe.teachers[name]
     teacher = load_teacher(
-        name, recipe, context.recipe.seed, device=context.recipe.runtime.device, progress=context.progress
+        name,
+        recipe,
+        context.recipe.seed,
+        device=context.recipe.runtime.device,
+        base_model=context.inputs.get("base_model"),
+        progress=context.progress,
     )
     loaded = time.monotonic()
     fingerprint = teacher.fingerprint
