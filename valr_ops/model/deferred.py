@@ -20,63 +20,75 @@ class DeferredLinears:
 
     def __init__(self, *layers: nn.Module) -> None:
         """Applications are counted from now on; the weights must not change before backward."""
-        self.layers = [layer for layer in layers if isinstance(layer, nn.Linear)]
-        assert len(self.layers) == len(layers), "only plain linear layers can be deferred"
-        self._pairs: list[tuple[Tensor, tuple[Tensor, ...]]] = []
-        self._pass: int | None = None
-        weights = [layer.weight for layer in self.layers]
-        biases = [layer.bias for layer in self.layers if layer.bias is not None]
-        self._token = _Deliver.apply(self, *weights, *biases)
+        plain = [layer for layer in layers if isinstance(layer, nn.Linear)]
+        assert len(plain) == len(layers), "only plain linear layers can be deferred"
+        self._pairs = _Pairs(plain)
+        self._token: Tensor | None = None
 
     def __call__(self, inputs: Tensor) -> tuple[Tensor, ...]:
         """One output a layer, [..., width of the layer]."""
-        outputs: tuple[Tensor, ...] = _Apply.apply(self, inputs, self._token)
+        if self._token is None:
+            # Made at the first application: backward delivers before it turns to what was computed earlier.
+            weights = [layer.weight for layer in self._pairs.layers]
+            biases = [layer.bias for layer in self._pairs.layers if layer.bias is not None]
+            self._token = _Deliver.apply(self._pairs, *weights, *biases)
+        outputs: tuple[Tensor, ...] = _Apply.apply(self._pairs, inputs, self._token)
         return outputs
 
+
+class _Pairs:
+    """The inputs and output gradients of a backward pass so far."""
+
+    def __init__(self, layers: list[nn.Linear]) -> None:
+        self.layers = layers
+        self._kept: list[tuple[Tensor, tuple[Tensor, ...]]] = []
+        self._pass: int | None = None
+
     def keep(self, inputs: Tensor, gradients: tuple[Tensor, ...]) -> None:
-        """Remember an application's inputs and output gradients until the weights' gradients are due."""
+        """Remember one application until the weights' gradients are due."""
         now = torch._C._current_graph_task_id()
         if self._pass != now:
-            self._pairs, self._pass = [], now
-        self._pairs.append((inputs, gradients))
+            self._kept, self._pass = [], now
+        self._kept.append((inputs, gradients))
 
     def collected(self) -> tuple[Tensor, list[Tensor]]:
         """All inputs, [applications, width], and the output gradients a layer; they are forgotten here."""
-        pairs, self._pairs = self._pairs, []
-        inputs = torch.cat([inputs.flatten(0, -2) for inputs, _ in pairs])
-        return inputs, [torch.cat([one.flatten(0, -2) for one in each]) for each in zip(*(given for _, given in pairs))]
+        kept, self._kept = self._kept, []
+        inputs = torch.cat([inputs.flatten(0, -2) for inputs, _ in kept])
+        return inputs, [torch.cat([one.flatten(0, -2) for one in each]) for each in zip(*(given for _, given in kept))]
 
 
 class _Deliver(torch.autograd.Function):
     @staticmethod
     @torch.amp.custom_fwd(device_type="cuda")
-    def forward(ctx: Any, linears: DeferredLinears, *parameters: Tensor) -> Tensor:
-        ctx.linears = linears
+    def forward(ctx: Any, pairs: _Pairs, *parameters: Tensor) -> Tensor:
+        ctx.pairs = pairs
         return parameters[0].new_zeros(())
 
     @staticmethod
     @torch.amp.custom_bwd(device_type="cuda")
     def backward(ctx: Any, *tokens: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, gradients = ctx.linears.collected()
-        layers = ctx.linears.layers
+        inputs, gradients = ctx.pairs.collected()
         weights = [given.T @ inputs for given in gradients]
-        biases = [given.sum(0) for layer, given in zip(layers, gradients, strict=True) if layer.bias is not None]
+        biases = [
+            given.sum(0) for layer, given in zip(ctx.pairs.layers, gradients, strict=True) if layer.bias is not None
+        ]
         return None, *weights, *biases
 
 
 class _Apply(torch.autograd.Function):
     @staticmethod
     @torch.amp.custom_fwd(device_type="cuda")
-    def forward(ctx: Any, linears: DeferredLinears, inputs: Tensor, token: Tensor) -> tuple[Tensor, ...]:
-        ctx.linears = linears
+    def forward(ctx: Any, pairs: _Pairs, inputs: Tensor, token: Tensor) -> tuple[Tensor, ...]:
+        ctx.pairs = pairs
         ctx.save_for_backward(inputs)
-        return tuple(F.linear(inputs, layer.weight, layer.bias) for layer in linears.layers)
+        return tuple(F.linear(inputs, layer.weight, layer.bias) for layer in pairs.layers)
 
     @staticmethod
     @torch.amp.custom_bwd(device_type="cuda")
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (inputs,) = ctx.saved_tensors
-        ctx.linears.keep(inputs, gradients)
-        of_inputs = sum(given @ layer.weight for given, layer in zip(gradients, ctx.linears.layers, strict=True))
+        ctx.pairs.keep(inputs, gradients)
+        of_inputs = sum(given @ layer.weight for given, layer in zip(gradients, ctx.pairs.layers, strict=True))
         assert isinstance(of_inputs, Tensor)
         return None, of_inputs, None

@@ -17,12 +17,13 @@ Always: padding, neighbours and their order never change a record's result; with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -178,10 +179,10 @@ def forward(
 
     supervised = batch.labels[:, 1:] != IGNORED
     labels = batch.labels[:, 1:][supervised]
-    logits = model.lm_head(seen.hidden[seen.places[:, :-1][supervised]])
+    logits = model.lm_head(seen.states(seen.places[:, :-1][supervised]))
     loss_sum = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, reduction="sum")
 
-    returned = seen.hidden[seen.places[rows, slots - 1]]
+    returned = seen.states(seen.places[rows, slots - 1])
     slot_inputs = returned.detach() if fed is None else fed.detach()
     return LatentOutput(
         loss_sum=loss_sum,
@@ -237,26 +238,50 @@ def _effective_rank(slot_inputs: Tensor) -> float:
 def roll_out(model: Qwen2_5_VLForConditionalGeneration, batches: Sequence[Batch]) -> list[Rollout]:
     """The slot inputs of all `batches`, decoded together without gradient.
 
-    A serial step costs nearly the same for one row as for a hundred, so a whole accumulation window goes in at once.
-    Text behind the last segment is not read: nothing depends on it.
+    A serial step costs nearly the same for one row as for a hundred, so a whole accumulation window goes in at once,
+    unless its keys and values would take more memory than training takes anyway. Text behind the last segment is not
+    read: nothing depends on it.
 
     Raises:
         SlotLayoutError: the slots of a batch are not S runs of K positions, or K differs between batches.
     """
-    slots = [slot_columns(batch) for batch in batches]
-    vision = [vision_embeddings(model, batch) for batch in batches]
-    positions = [rope_positions(model, batch) for batch in batches]
-    widths = {found.shape[1] for found in slots if len(found)}
+    widths = {found.shape[1] for batch in batches if len(found := slot_columns(batch))}
     if len(widths) > 1:
         raise SlotLayoutError(f"the batches of a window have {sorted(widths)} slots a segment; give all the same K")
-    hidden = model.config.get_text_config().hidden_size
-    fed = torch.empty(0, 0, 0, hidden, device=model.device)
-    if widths:
+    return [rollout for group in _groups(model, batches) for rollout in _roll_out(model, group, max(widths, default=0))]
+
+
+def _groups(model: Qwen2_5_VLForConditionalGeneration, batches: Sequence[Batch]) -> Iterator[list[Batch]]:
+    """`batches` in groups whose caches are no larger than twice the decoder's weights, as AdamW's moments are.
+
+    That is a whole window for the models this is for; for a small one the cache would be the largest thing by far.
+    """
+    decoder, text = model.model.language_model, model.config.get_text_config()
+    element = decoder.norm.weight.element_size()
+    bound = 2 * sum(parameter.numel() for parameter in decoder.parameters()) * element
+    head = text.hidden_size // text.num_attention_heads
+    column = 2 * text.num_hidden_layers * text.num_key_value_heads * head * element
+    group: list[Batch] = []
+    for batch in batches:
+        wide = [*group, batch]
+        size = column * sum(len(one.input_ids) for one in wide) * max(one.input_ids.shape[1] for one in wide)
+        if group and size > bound:
+            yield group
+            group = []
+        group.append(batch)
+    yield group
+
+
+def _roll_out(model: Qwen2_5_VLForConditionalGeneration, batches: Sequence[Batch], slots: int) -> list[Rollout]:
+    vision = [vision_embeddings(model, batch) for batch in batches]
+    positions = [rope_positions(model, batch) for batch in batches]
+    fed = torch.empty(0, 0, slots, model.config.get_text_config().hidden_size, device=model.device)
+    if any(len(batch.segment_rows) for batch in batches):
         length = max(batch.input_ids.shape[1] for batch in batches)
         embedded = [input_embeddings(model, *of) for of in zip(batches, vision, strict=True)]
         inputs = torch.cat([F.pad(one, (0, 0, 0, length - one.shape[1])) for one in embedded])
         places = torch.cat([F.pad(one, (0, length - one.shape[2])) for one in positions], dim=1)
-        fed = _fed_states(model.model.language_model, inputs, places, align(batches, max(widths)), max(widths))
+        fed = _fed_states(model.model.language_model, inputs, places, align(batches, slots), slots)
     rollouts, above = [], 0
     for batch, of_vision, of_positions in zip(batches, vision, positions, strict=True):
         rollouts.append(Rollout(of_vision, of_positions, fed[_numbers(batch), above + batch.segment_rows]))
@@ -292,14 +317,21 @@ def _numbers(batch: Batch) -> Tensor:
 
 @dataclass(frozen=True)
 class _Seen:
-    """The states of a forward, P positions in whatever order it computed them."""
+    """What a forward computed at P positions, in whatever order it did."""
 
-    hidden: Tensor
-    """[P, hidden], post-norm."""
+    last: Tensor
+    """[P, hidden], outputs of the last block."""
+    norm: nn.Module
+    """What makes hidden states of them; only few are wanted."""
     block: Tensor | None
-    """[P, hidden], raw outputs of the chosen block."""
+    """[P, hidden], outputs of the chosen block."""
     places: Tensor
     """[batch, length] int64: where a position of the batch stands among the P."""
+
+    def states(self, places: Tensor) -> Tensor:
+        """Post-norm hidden states at `places`, [..., hidden]."""
+        wanted: Tensor = self.norm(self.last[places])
+        return wanted
 
 
 def _reference(
@@ -326,7 +358,7 @@ def _reference(
     if tap is not None:
         tap.remove()
     places = torch.arange(batch.input_ids.numel(), device=hidden.device).view_as(batch.input_ids)
-    return _Seen(hidden.flatten(0, 1), seen[0].flatten(0, 1) if seen else None, places)
+    return _Seen(hidden.flatten(0, 1), nn.Identity(), seen[0].flatten(0, 1) if seen else None, places)
 
 
 def _parallel(
@@ -341,7 +373,7 @@ def _parallel(
         hidden = _checkpointed(decoder, _packed_block, layer, hidden, turn, packed)
         if index == block:
             outputs = hidden[0]
-    return _Seen(decoder.norm(hidden)[0], outputs, packed.places)
+    return _Seen(hidden[0], decoder.norm, outputs, packed.places)
 
 
 def _packed_block(layer: Qwen2_5_VLDecoderLayer, hidden: Tensor, turn: Turn, packed: Pack) -> Tensor:
@@ -356,7 +388,7 @@ def check_packing(model: Qwen2_5_VLForConditionalGeneration, batch: Batch) -> No
         return
     decoder = model.model.language_model
     embeddings, positions = input_embeddings(model, batch).detach(), rope_positions(model, batch)
-    seen = leak(lambda inputs: _parallel(decoder, inputs, positions, batch, None).hidden, packed, embeddings)
+    seen = leak(lambda inputs: _parallel(decoder, inputs, positions, batch, None).last, packed, embeddings)
     if seen:
         raise PackingError(
             f"records {', '.join(batch.record_ids)}: packed into one row, one of them changes another's states by "
@@ -384,16 +416,16 @@ def _sequential(
         given = inputs[:, run.begin : run.end]
         if fed is not None:
             given = torch.cat([fed[:, None], given[:, 1:]], dim=1)
-        hidden = walk.run(given)
+        last = walk.run(given)
         if run.source is None:
             break
-        fed = hidden[rows, run.source]
+        fed = decoder.norm(last[rows, run.source])
         for _ in range(slots.shape[1] - 1):
             fed = walk.slot(fed.detach() if cut else fed)
         fed = fed.detach() if cut else fed
     places = layout.places + rows[:, None] * layout.columns.shape[1]
     outputs = torch.cat(walk.outputs, dim=1).flatten(0, 1) if block is not None else None
-    return _Seen(torch.cat(walk.hidden, dim=1).flatten(0, 1), outputs, places)
+    return _Seen(torch.cat(walk.last, dim=1).flatten(0, 1), decoder.norm, outputs, places)
 
 
 class _Walk:
@@ -402,15 +434,15 @@ class _Walk:
     def __init__(self, decoder: Qwen2_5_VLTextModel, turn: Turn, visible: Tensor, block: int | None) -> None:
         self.decoder, self.turn, self.visible, self.block = decoder, turn, visible, block
         self.bias = torch.zeros_like(visible, dtype=turn[0].dtype).masked_fill(~visible, float("-inf"))
-        self.blocks = [_WalkedBlock(layer) for layer in _layers(decoder)]
+        self.blocks = [_WalkedBlock(decoder, layer) for layer in _layers(decoder)]
         self.length = 0
-        self.hidden: list[Tensor] = []
-        """Post-norm hidden states so far, [rows, columns, hidden] each."""
+        self.last: list[Tensor] = []
+        """Outputs of the last block so far, [rows, columns, hidden] each."""
         self.outputs: list[Tensor] = []
         """Outputs of the chosen block so far."""
 
     def run(self, inputs: Tensor) -> Tensor:
-        """Append a run, [rows, width, hidden]; returns its post-norm hidden states."""
+        """Append a run, [rows, width, hidden]; returns the last block's outputs."""
         width, columns = inputs.shape[1], self.visible.shape[1]
         own = self.visible[:, self.length : self.length + width]
         mask = causal_mask(self.visible[:, : self.length], own) if self.length else None
@@ -431,7 +463,7 @@ class _Walk:
         for index, block in enumerate(self.blocks):
             hidden = block.slot(hidden, turn, bias)
             self._keep_output(index, hidden)
-        return self._advance(hidden)[:, 0]
+        return self.decoder.norm(self._advance(hidden)[:, 0])
 
     def _turn(self, width: int) -> Turn:
         now = slice(self.length, self.length + width)
@@ -443,16 +475,17 @@ class _Walk:
 
     def _advance(self, hidden: Tensor) -> Tensor:
         self.length += hidden.shape[1]
-        self.hidden.append(self.decoder.norm(hidden))
-        return self.hidden[-1]
+        self.last.append(hidden)
+        return hidden
 
 
 class _WalkedBlock:
     """One block with its keys and values, and its weights' gradients from single slots deferred."""
 
-    def __init__(self, layer: Qwen2_5_VLDecoderLayer) -> None:
+    def __init__(self, decoder: Qwen2_5_VLTextModel, layer: Qwen2_5_VLDecoderLayer) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.layer = layer
+        self._checkpointed = functools.partial(_checkpointed, decoder)
         self.tape: Tape | None = None
         self._projections = DeferredLinears(attention.q_proj, attention.k_proj, attention.v_proj)
         self._output = DeferredLinears(attention.o_proj)
@@ -467,9 +500,11 @@ class _WalkedBlock:
         query, key, value = (heads(layer, one) for one in projected)
         query, key = turned(torch.cat([query, key], dim=1), turn).split([query.shape[1], key.shape[1]], dim=1)
         attended = self.tape.attend(query, key, value, bias, layer.self_attn.scaling)
-        hidden = hidden + self._output(attended)[0]
-        gate, up = self._gate_up(layer.post_attention_layernorm(hidden))
-        return hidden + self._down(layer.mlp.act_fn(gate) * up)[0]
+        return self._checkpointed(self._finish, hidden + self._output(attended)[0])
+
+    def _finish(self, hidden: Tensor) -> Tensor:
+        gate, up = self._gate_up(self.layer.post_attention_layernorm(hidden))
+        return hidden + self._down(self.layer.mlp.act_fn(gate) * up)[0]
 
 
 def _run_block(
