@@ -36,13 +36,17 @@ class Regression(nn.Module):
 def engine_of(name: str) -> tuple[Regression, TorchEngine | DeepSpeedEngine]:
     recipe = TrainingRecipe(learning_rate=1e-2, weight_decay=0.1, engine=name)  # type: ignore[arg-type]
     module = Regression()
-    groups = parameter_groups(module.parameters(), (), recipe)
+    decoder = [*module.first.parameters(), *module.unused.parameters(), *module.frozen.parameters()]
+    groups = parameter_groups(decoder, module.second.parameters(), recipe)
     return module, make_engine(module, groups, recipe, join_ranks(RuntimeRecipe()))
 
 
-def run(name: str, resume_with: str | None = None) -> tuple[list[float], Tensor]:
+def run(name: str, resume_with: str | None = None, rehearsed: bool = False) -> tuple[list[float], Tensor]:
     """Losses and gradient norms of a few updates, and the weights; half way another engine may take over."""
     module, engine = engine_of(name)
+    for number in range(2 if rehearsed else 0):
+        engine.backward(engine(torch.full((2, 5), 3.0 + number), torch.zeros(2, 3))[0], last=False)
+        engine.forget()
     generator = torch.Generator().manual_seed(1)
     figures = []
     for update in range(UPDATES):
@@ -55,7 +59,7 @@ def run(name: str, resume_with: str | None = None) -> tuple[list[float], Tensor]
             loss, _ = engine(inputs, wanted)
             engine.backward(loss, last=number == SHARES)
             figures.append(loss.item())
-        figures.append(engine.gradient_norm())
+        figures += engine.gradient_norms().values()
         engine.step(1 - update / UPDATES)
     return figures, torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
 
@@ -66,11 +70,26 @@ def test_torch_goes_on_from_its_state_to_the_bit() -> None:
     assert resumed_figures == figures and torch.equal(resumed_weights, weights)
 
 
+def test_a_forgotten_backward_leaves_no_trace() -> None:
+    figures, weights = run("torch")
+    other_figures, other_weights = run("torch", rehearsed=True)
+    assert other_figures == figures and torch.equal(other_weights, weights)
+
+
+def test_the_gradient_norms_of_the_parts_are_those_of_their_parameters() -> None:
+    module, engine = engine_of("torch")
+    engine.backward(engine(torch.ones(2, 5), torch.zeros(2, 3))[0], last=True)
+    norms = engine.gradient_norms()
+    for part, layer in (("decoder", module.first), ("projector", module.second)):
+        gradient = torch.cat([p.grad.flatten() for p in layer.parameters() if p.grad is not None])
+        assert norms[part] == pytest.approx(float(gradient.norm()))
+
+
 def test_a_gradient_that_is_not_finite_shows_in_the_norm() -> None:
     _, engine = engine_of("torch")
     loss, _ = engine(torch.full((2, 5), float("inf")), torch.zeros(2, 3))
     engine.backward(loss * float("nan"), last=True)
-    assert not engine.gradient_norm() < float("inf")
+    assert not engine.gradient_norms()["decoder"] < float("inf")
 
 
 def test_another_number_of_processes_than_the_recipes_is_refused() -> None:
@@ -85,13 +104,14 @@ def test_deepspeed_gives_the_losses_of_torch_and_each_resumes_from_the_other() -
         other_figures, other_weights = run(first, second)
         assert other_figures == pytest.approx(figures, rel=1e-5)
         torch.testing.assert_close(other_weights, weights, rtol=1e-4, atol=1e-6)
-    resumed_figures, resumed_weights = run("deepspeed", "deepspeed")
     deepspeed_figures, deepspeed_weights = run("deepspeed")
-    assert resumed_figures == deepspeed_figures and torch.equal(resumed_weights, deepspeed_weights)
+    for changes in ({"resume_with": "deepspeed"}, {"rehearsed": True}):
+        other_figures, other_weights = run("deepspeed", **changes)  # type: ignore[arg-type]
+        assert other_figures == deepspeed_figures and torch.equal(other_weights, deepspeed_weights)
     _, engine = engine_of("deepspeed")
     loss, _ = engine(torch.full((2, 5), float("inf")), torch.zeros(2, 3))
     engine.backward(loss * float("nan"), last=True)
-    assert not engine.gradient_norm() < float("inf")
+    assert not engine.gradient_norms()["decoder"] < float("inf")
 
 
 @pytest.mark.slow
@@ -100,10 +120,18 @@ def test_two_gloo_ranks_have_the_losses_of_one_process_with_the_same_window(tmp_
     logged = []
     for processes, accumulation in ((1, 4), (2, 2)):
         changes = {"stage2.max_updates": 3, "stage2.epochs": 9, "stage2.accumulation": accumulation}
-        recipe = tiny.recipe(**{**changes, "runtime.processes": processes})
+        recipe = tiny.recipe(**{**changes, "runtime.processes": processes, "latents.method": "two_pass"})
         progress = Listening()
         report = build_stage2(context("stage2_valr_s", recipe, inputs, tmp_path / str(processes), progress))
-        names = ("loss", "ce", "alignment/dinov3", "control/dinov3", "gradient_norm", "learning_rate")
+        names = (
+            "loss",
+            "ce",
+            "alignment/dinov3",
+            "control/dinov3",
+            "gradient_norm",
+            "projector_gradient_norm",
+            "decoder_learning_rate",
+        )
         logged.append([progress.logged[update][name] for update in (1, 2, 3) for name in names])
         logged[-1] += [float(report.summary[f"validation/{name}"]) for name in names[:4]]
         assert sorted(content(tmp_path / str(processes) / "out"))[-2:] == [
@@ -116,7 +144,8 @@ def test_two_gloo_ranks_have_the_losses_of_one_process_with_the_same_window(tmp_
 @pytest.mark.slow
 def test_sigterm_reaches_all_launched_ranks_and_they_go_on_together(tmp_path: Path) -> None:
     inputs = write_inputs(tmp_path / "inputs")
-    changes = {"stage2.max_updates": 40, "stage2.epochs": 99, "stage2.accumulation": 1, "runtime.processes": 2}
+    changes = {"stage2.max_updates": 40, "stage2.epochs": 99, "stage2.accumulation": 1}
+    changes |= {"runtime.processes": 2, "latents.method": "two_pass"}
 
     def train(name: str, progress: Listening) -> StageReport:
         return build_stage2(context("stage2_valr_s", tiny.recipe(**changes), inputs, tmp_path / name, progress))
@@ -133,7 +162,7 @@ def test_sigterm_reaches_all_launched_ranks_and_they_go_on_together(tmp_path: Pa
 @pytest.mark.slow
 def test_what_a_launched_rank_raises_arrives_in_its_own_words(tmp_path: Path) -> None:
     inputs = write_inputs(tmp_path / "inputs")
-    recipe = tiny.recipe(**{"runtime.processes": 2, "stage2.precision": "bfloat16"})
-    with pytest.raises(RankError, match="precision=bfloat16 needs") as error:
+    recipe = tiny.recipe(**{"runtime.processes": 2, "latents.method": "sequential"})
+    with pytest.raises(RankError, match=r"set latents\.method to two_pass, or runtime\.processes to 1") as error:
         build_stage2(context("stage2_valr_s", recipe, inputs, tmp_path))
     assert error.value.exit_status == 42

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import signal
 import subprocess
 import sys
@@ -25,14 +27,18 @@ from tests.training.inputs import (
     sequences,
     write_inputs,
 )
-from valr_ops.data.batching import Collator
-from valr_ops.data.rewriting import write_sequences
+from valr_ops.data.batching import Batch, Collator
+from valr_ops.data.rewriting import Sequence, write_sequences
+from valr_ops.model import latents
 from valr_ops.model.alignment import Projectors
+from valr_ops.model.checkpoint import CheckpointError
 from valr_ops.recipe.recipe import Recipe, RecipeError
 from valr_ops.store.artifacts import StageReport
+from valr_ops.training import loop
 from valr_ops.training.engine import Ranks
-from valr_ops.training.loop import TrainingError, build_stage1, build_stage2
+from valr_ops.training.loop import build_stage1, build_stage2
 from valr_ops.training.objective import Counts, Objective
+from valr_ops.training.passes import TrainingError
 from valr_ops.training.stop import RESUME_EXIT_CODE, TrainingInterrupted
 from valr_ops.training.windows import Share
 
@@ -45,6 +51,7 @@ LEARNING = {
     "alignment.projector_width": 64,
 }
 FIVE_UPDATES = {"stage2.max_updates": 5, "stage2.epochs": 9, "stage2.checkpoint_every": 2}
+METHODS = pytest.mark.parametrize("method", ["two_pass", "sequential"])
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +111,6 @@ def test_stage_2_aligns_latents_to_their_own_image_more_than_to_another(
     assert last["alignment/dinov3"] > first["alignment/dinov3"] + 0.2
     assert last["alignment/dinov3"] > last["control/dinov3"] + 0.1
     assert last["loss"] == pytest.approx(last["ce"] - 0.5 * last["alignment/dinov3"])
-    assert {"tokens_per_second", "samples_per_second", "data_wait_share", "gradient_norm"} <= set(last)
     assert report.checks[0].name == "losses_are_finite" and report.checks[0].passed
     settings = json.loads((tmp_path / "out" / "config.json").read_text())["valr"]
     assert {"stage": 2, "slots": 4, "block": 1, "control_tokens": "outside"}.items() <= settings.items()
@@ -120,8 +126,43 @@ def test_the_log_of_the_artifact_has_a_row_an_update_and_no_clock(
     (tmp_path / "log.parquet").write_bytes(files["training_log.parquet"])
     table = pq.read_table(tmp_path / "log.parquet")
     assert table["update"].to_pylist() == [1, 2, 3, 4, 5]
-    assert not [name for name in table.column_names if "second" in name or "share" in name]
+    assert table.column_names == [
+        *("update", "loss", "ce", "alignment/dinov3", "control/dinov3"),
+        *("latent_norm_ratio", "effective_rank", "feedback_residual", "slot_drift"),
+        *("gradient_norm", "decoder_gradient_norm", "projector_gradient_norm"),
+        *("decoder_learning_rate", "projector_learning_rate", "supervised_tokens", "aligned_segments"),
+    ]
     assert files["loss.png"].startswith(b"\x89PNG") and b"Software" not in files["loss.png"]
+
+
+def test_people_see_the_rates_as_well_and_the_health_of_the_latents(inputs: dict[str, Path], tmp_path: Path) -> None:
+    changes = {"latents.method": "two_pass", "latents.feedback_gradient": "hops:2", "stage2.max_updates": 2}
+    report, progress = stage2(inputs, tmp_path, **changes)
+    assert any("measured" in line and "model_flops_utilisation" in line for line in progress.said)
+    rates = {"tokens_per_second", "samples_per_second", "data_wait_share", "model_flops_utilisation"}
+    assert rates | {"training_seconds"} == set(report.timings)
+    for row in progress.logged.values():
+        assert rates <= set(row) and row["model_flops_utilisation"] > 0
+        assert 1 <= row["effective_rank"] <= 4
+        assert 0 < row["feedback_residual"] < 1
+        assert 0 <= row["slot_drift"] < 1e-4
+        assert row["gradient_norm"] == math.hypot(row["decoder_gradient_norm"], row["projector_gradient_norm"])
+        assert row["decoder_learning_rate"] == row["projector_learning_rate"] > 0
+    assert not [line for line in progress.said if "rounding" in line]
+
+
+def test_a_training_pass_that_is_not_the_roll_outs_is_said_once(
+    inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact = latents.roll_out
+
+    def wrong(model: torch.nn.Module, batches: list[Batch]) -> list[latents.Rollout]:
+        return [replace(rollout, slot_inputs=1.1 * rollout.slot_inputs) for rollout in exact(model, batches)]  # type: ignore[arg-type]
+
+    monkeypatch.setattr(latents, "roll_out", wrong)
+    _, progress = stage2(inputs, tmp_path, **{"latents.method": "two_pass", "stage2.max_updates": 2})
+    assert len([line for line in progress.said if "more than rounding explains" in line]) == 1
+    assert all(row["slot_drift"] > 0.01 for row in progress.logged.values())
 
 
 def test_lambda_0_keeps_the_latents_and_needs_no_teacher(inputs: dict[str, Path], tmp_path: Path) -> None:
@@ -162,28 +203,67 @@ def gradient(recipe: Recipe, sizes: tuple[int, ...]) -> tuple[float, torch.Tenso
         start += size
         of_targets = [None if target is None else features[target[0]] for target in batch.targets]
         shares.append(Share(batch, {"dinov3": of_targets}))
-    counts = Counts.of(shares, Ranks(0, 1, torch.device("cpu")))
+    counts = Counts.of(shares, objective.shape, Ranks(0, 1, torch.device("cpu")))
     total = 0.0
-    for share in shares:
-        loss, _ = objective(share.batch, share.features, counts)
+    for share, rollout in zip(shares, objective.roll_out([share.batch for share in shares]), strict=True):
+        loss, _ = objective(share.batch, share.features, counts, rollout)
         loss.backward()
         total += loss.item()
     gradients = [parameter.grad.flatten() for parameter in objective.parameters() if parameter.grad is not None]
     return total, torch.cat(gradients)
 
 
-def test_one_batch_of_eight_gives_the_gradient_of_four_of_two_and_of_ragged_ones() -> None:
+@METHODS
+def test_one_batch_of_eight_gives_the_gradient_of_four_of_two_and_of_ragged_ones(method: str) -> None:
     loss, whole = gradient(tiny.recipe(), (8,))
-    for sizes in ((2, 2, 2, 2), (1, 5, 2)):
-        other_loss, parts = gradient(tiny.recipe(), sizes)
+    recipe = tiny.recipe(**{"latents.method": method})
+    for sizes in ((8,), (2, 2, 2, 2), (1, 5, 2)):
+        other_loss, parts = gradient(recipe, sizes)
         assert other_loss == pytest.approx(loss, rel=1e-6)
         assert torch.linalg.vector_norm(parts - whole) < 1e-6 * torch.linalg.vector_norm(whole)
 
 
-def test_a_run_with_one_batch_of_eight_has_the_losses_of_four_of_two(inputs: dict[str, Path], tmp_path: Path) -> None:
+@METHODS
+def test_each_parameter_gets_its_gradient_of_a_micro_batch_in_one_piece(method: str) -> None:
+    """So one reduction a parameter and micro-batch, also with feedback hops and with latents one by one."""
+    hops = {"latents.feedback_gradient": "hops:3"} if method == "two_pass" else {}
+    ready = order_of_gradients(tiny.sequences(), tiny.recipe(**{"latents.method": method, **hops}))
+    assert len(ready) > 10 and len(set(ready)) == len(ready)
+
+
+def test_gradients_become_ready_in_the_same_order_whatever_the_records_are() -> None:
+    """ZeRO-2 adds up what the ranks have ready at the same place in this order, without looking at its name."""
+    recipe = tiny.recipe(**{"latents.method": "two_pass"})
+    three, one, two, none = tiny.sequences()
+    orders = [order_of_gradients(records, recipe) for records in ([none], [one, none], [two, three])]
+    assert orders[0] == orders[1] == orders[2]
+
+
+def order_of_gradients(records: list[Sequence], recipe: Recipe) -> list[str]:
+    """Names of the parameters in the order in which a micro-batch's gradients become ready."""
+    model = tiny.model()
+    objective = Objective(model, Projectors({"dinov3": DIMENSION}, model.lm_head.in_features, recipe.alignment), recipe)
+    ready: list[str] = []
+    for name, parameter in objective.named_parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda _, name=name: ready.append(name))  # type: ignore[misc]
+    batch = Collator(tiny.images(), tiny.processor(), recipe.latents)(records)
+    share = Share(
+        batch, {"dinov3": [None if target is None else torch.ones(*GRID, DIMENSION) for target in batch.targets]}
+    )
+    counts = Counts.of([share], objective.shape, Ranks(0, 1, torch.device("cpu")))
+    objective(share.batch, share.features, counts, None)[0].backward()
+    return ready
+
+
+@METHODS
+def test_a_run_with_one_batch_of_eight_has_the_losses_of_four_of_two(
+    method: str, inputs: dict[str, Path], tmp_path: Path
+) -> None:
     rows = []
     for micro_batch, accumulation in ((8, 1), (2, 4)):
         sizes = {"stage2.micro_batch": micro_batch, "stage2.accumulation": accumulation, "stage2.max_updates": 3}
+        sizes["latents.method"] = method  # type: ignore[assignment]
         report, progress = stage2(inputs, tmp_path / str(micro_batch), **sizes)
         names = ("loss", "ce", "alignment/dinov3", "gradient_norm", "supervised_tokens", "aligned_segments")
         rows.append([progress.logged[update][name] for update in (1, 2, 3) for name in names])
@@ -224,6 +304,71 @@ def test_a_corpus_without_held_out_records_has_no_validation_loss(tmp_path: Path
     assert any("no sequence is held out" in line for line in progress.said)
 
 
+# --------------------------------------------------------------------------------------------------------- rehearsal
+
+
+def test_the_rehearsal_leaves_no_trace(
+    inputs: dict[str, Path],
+    tmp_path: Path,
+    whole: tuple[StageReport, dict[str, bytes]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(loop, "rehearse", lambda *_: None)
+    report, _ = stage2(inputs, tmp_path)
+    assert (report.summary, content(tmp_path / "out")) == (whole[0].summary, whole[1])
+
+
+def test_the_heaviest_micro_batch_is_computed_before_the_first_update_and_after_a_resume(
+    inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed: list[list[str]] = []
+    exact = Objective.forward
+
+    def listening(objective: Objective, batch: Batch, *rest: object) -> object:
+        computed.append(batch.record_ids)
+        return exact(objective, batch, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Objective, "forward", listening)
+    changes = {"stage2.micro_batch": 1, "stage2.accumulation": 8, "stage2.max_updates": 2}
+    with pytest.raises(MemoryError):
+        stage2(inputs, tmp_path, DyingAt(2), **{**changes, "stage2.checkpoint_every": 1})
+    most_segments, most_tokens = (["tiny/00"], ["tiny/04"]), (["tiny/01"], ["tiny/05"])
+    assert computed[0] in most_segments and computed[1] in most_tokens
+    assert len(computed) == 2 + 2 * 8
+    computed.clear()
+    stage2(inputs, tmp_path, **changes)
+    assert computed[0] in most_segments and computed[1] in most_tokens
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2])
+def test_running_out_of_memory_shows_first_and_names_the_records_and_the_settings(
+    micro_batch: int, inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hungry(*_: object, **__: object) -> object:
+        return torch.empty(2**50)
+
+    monkeypatch.setattr(latents, "forward", hungry)
+    changes = {"latents.method": "two_pass", "stage2.micro_batch": micro_batch}
+    with pytest.raises(TrainingError) as error:
+        stage2(inputs, tmp_path, progress := Listening(), **changes)
+    message = str(error.value)
+    assert re.search(
+        rf"stage 2 ran out of memory with records? tiny/0.*: \d+ tokens, {3 * micro_batch} segments", message
+    )
+    assert "data.max_length=512" in message and "latents.slots=4" in message
+    assert "can't allocate memory" in message
+    assert ("Lower stage2.micro_batch=2 (and raise stage2.accumulation by as much)" in message) == (micro_batch == 2)
+    assert not progress.logged and not list((tmp_path / "out").iterdir()) and not list((tmp_path / "work").iterdir())
+
+
+def test_other_errors_of_a_forward_stay_what_they_are(
+    inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latents, "forward", lambda *_, **__: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
+        stage2(inputs, tmp_path)
+
+
 # ------------------------------------------------------------------------------------------------------------ resume
 
 
@@ -253,14 +398,27 @@ def test_sigterm_ends_the_update_writes_a_checkpoint_and_asks_for_a_resume(
     assert (report.summary, content(tmp_path / "out")) == (whole[0].summary, whole[1])
 
 
-def test_checkpoints_of_another_recipe_or_other_inputs_are_left_aside_in_words(
+def test_two_passes_go_on_to_the_same_bytes(inputs: dict[str, Path], tmp_path: Path) -> None:
+    changes = {"latents.method": "two_pass"}
+    with pytest.raises(MemoryError):
+        stage2(inputs, tmp_path / "killed", DyingAt(4), **changes)
+    report, progress = stage2(inputs, tmp_path / "killed", **changes)
+    assert min(progress.logged) == 3
+    uninterrupted, _ = stage2(inputs, tmp_path / "whole", **changes)
+    assert report.summary == uninterrupted.summary
+    assert content(tmp_path / "killed" / "out") == content(tmp_path / "whole" / "out")
+
+
+def test_a_checkpoint_of_another_recipe_or_other_inputs_is_refused_and_kept(
     inputs: dict[str, Path], tmp_path: Path
 ) -> None:
     with pytest.raises(MemoryError):
         stage2(inputs, tmp_path, DyingAt(4))
-    with pytest.raises(MemoryError):
-        stage2(inputs, tmp_path, listening := DyingAt(1), **{"stage2.learning_rate": 1e-4})
-    assert any("belongs to another recipe or other inputs" in line for line in listening.said)
+    before = content(tmp_path / "work")
+    with pytest.raises(CheckpointError, match=r"stage2\.learning_rate was 0\.003 and is 0\.0001"):
+        stage2(inputs, tmp_path, **{"stage2.learning_rate": 1e-4})
+    with pytest.raises(CheckpointError, match=r"micro_batch x .* x runtime\.processes was 4 and is 6"):
+        stage2(inputs, tmp_path, **{"stage2.accumulation": 3})
     elsewhere = {**inputs, "stage1_sft": tmp_path / "another_model"}
     elsewhere["stage1_sft"].mkdir()
     for name, data in content(inputs["base_model"]).items():
@@ -268,9 +426,14 @@ def test_checkpoints_of_another_recipe_or_other_inputs_are_left_aside_in_words(
     weights = load_file(elsewhere["stage1_sft"] / "model.safetensors")
     weights["lm_head.weight"] = weights["lm_head.weight"] + 1
     save_file(weights, elsewhere["stage1_sft"] / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(MemoryError):
-        stage2(elsewhere, tmp_path, listening := DyingAt(1))
-    assert any("belongs to another recipe or other inputs" in line for line in listening.said)
+    with pytest.raises(CheckpointError, match=r"input\.stage1_sft was .*delete .*work to begin anew"):
+        stage2(elsewhere, tmp_path)
+    assert content(tmp_path / "work") == before
+
+
+def test_as_many_checkpoints_stay_as_the_recipe_says(inputs: dict[str, Path], tmp_path: Path) -> None:
+    stage2(inputs, tmp_path, **{"stage2.checkpoint_every": 1, "stage2.keep_checkpoints": 3})
+    assert [path.name[-1] for path in sorted((tmp_path / "work").iterdir())] == ["3", "4", "5"]
 
 
 def test_a_run_goes_on_with_the_window_divided_in_another_way(inputs: dict[str, Path], tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
 from tests import tiny
@@ -9,8 +10,8 @@ from valr_ops.training.engine import Ranks
 from valr_ops.training.windows import Windows
 
 
-def windows(micro_batch: int, accumulation: int, rank: int = 0, size: int = 1) -> Windows:
-    collate = Collator(tiny.images(), tiny.processor(), tiny.recipe().latents)
+def windows(micro_batch: int, accumulation: int, rank: int = 0, size: int = 1, stage: int = 2) -> Windows:
+    collate = Collator(tiny.images(), tiny.processor(), tiny.recipe().latents if stage == 2 else None)
     ranks = Ranks(rank, size, torch.device("cpu"))
     return Windows(sequences(), collate, {}, micro_batch=micro_batch, accumulation=accumulation, seed=3, ranks=ranks)
 
@@ -48,7 +49,23 @@ def test_validation_reads_every_record_once_over_all_ranks() -> None:
     read = [
         name
         for rank in range(3)
-        for share in windows(2, 1, rank, 3).every(sequences())
+        for shares in windows(2, 2, rank, 3).every(sequences())
+        for share in shares
         for name in share.batch.record_ids
     ]
     assert sorted(read) == [sequence.id for sequence in sequences()]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_heaviest_are_the_micro_batches_with_the_most_to_compute_of_all_ranks_and_windows(stage: int) -> None:
+    ranks = [windows(1, 2, rank, 2, stage) for rank in range(2)]
+    planned = [share for made in ranks for update in (1, 2) for share in made.window(update).shares]
+    for made in ranks:
+        by_work, by_tokens = made.heaviest(1, 3)
+        assert by_work[0].positions * (1 + len(by_work[0].batch.targets)) == max(
+            share.positions * (1 + len(share.batch.targets)) for share in planned
+        )
+        assert by_tokens[0].positions == max(share.positions for share in planned)
+        assert by_work[0].batch.record_ids != by_tokens[0].batch.record_ids or stage == 1
+        assert [len(shares) for shares in (by_work, by_tokens)] == [2, 2]
+    assert list(ranks[0].heaviest(3, 3)) == []

@@ -3,7 +3,7 @@
 In: an iterator of (name, tensor) and a dictionary. Out: a folder ``checkpoint-<step>`` of safetensors shards and a
 ``state.json``, and the way back. Nothing is pickled.
 Always: a checkpoint is written to a sibling folder, flushed and renamed, so a kill leaves whole ones only; at most one
-shard is held in memory beside the tensors; the newest `KEPT` stay.
+shard is held in memory beside the tensors; one that is damaged or belongs to another run is an error, and stays.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-KEPT = 2
-"""Two, so that there is one to fall back on if the newest was damaged on disk."""
 _SHARD_BYTES = 1024**3
 _STATE = "state.json"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that can't be gone on from: the message says which, why and what to do. Nothing was written."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Checkpoint:
         """Why the shards can't be read, or None. Opening a shard checks its header against its length."""
         found = {shard.name: shard.stat().st_size for shard in self._shards()}
         if found != self.state["shards"]:
-            return f"its shards are {found}, but {self.state['shards']} were written"
+            return f"its shards have {found} bytes, but {self.state['shards']} were written"
         for shard in self._shards():
             try:
                 with safe_open(shard, framework="pt"):
@@ -58,8 +60,16 @@ class Checkpoint:
         return sorted(self.folder.glob("*.safetensors"))
 
 
-def write(folder: Path, step: int, tensors: Iterable[tuple[str, Tensor]], state: Mapping[str, Any]) -> Path:
-    """Write ``folder/checkpoint-<step>``, then delete all but the newest `KEPT`; returns the new one's folder."""
+def write(folder: Path, step: int, tensors: Iterable[tuple[str, Tensor]], state: Mapping[str, Any], keep: int) -> Path:
+    """Write ``folder/checkpoint-<step>``, then delete all but the newest `keep`; returns the new one's folder.
+
+    Args:
+        folder: where this run's checkpoints are.
+        step: number of the step, never one that was written before.
+        tensors: named tensors; read once.
+        state: JSON values; `newest` compares its ``run``, a mapping, with what runs then.
+        keep: number of checkpoints that stay, at least 1.
+    """
     final = folder / f"checkpoint-{step:08d}"
     partial = folder / f"partial-{step:08d}"
     for stale in folder.glob("partial-*"):
@@ -78,34 +88,47 @@ def write(folder: Path, step: int, tensors: Iterable[tuple[str, Tensor]], state:
     (partial / _STATE).write_text(json.dumps({**state, "shards": sizes}), encoding="utf-8")
     for path in [*partial.iterdir(), partial]:
         _flush(path)
-    shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
     _flush(folder)
-    for old in _folders(folder)[KEPT:]:
+    for old in _folders(folder)[keep:]:
         shutil.rmtree(old)
     return final
 
 
-def newest(folder: Path, fingerprint: str, say: Callable[[str], None]) -> Checkpoint | None:
-    """The newest whole checkpoint whose state has this `fingerprint`; None if there is none.
+def newest(folder: Path, run: Mapping[str, Any]) -> Checkpoint | None:
+    """The newest checkpoint, of which the state's ``run`` must equal `run`; None if there is none.
 
-    Those of another recipe or other inputs, and damaged ones, are passed over, and `say` is told so.
+    Raises:
+        CheckpointError: it is damaged, or was written by another run: the message names each field that differs.
     """
-    for path in _folders(folder):
-        try:
-            checkpoint = Checkpoint(path, json.loads((path / _STATE).read_text(encoding="utf-8")))
-            known = checkpoint.state["fingerprint"]
-            damage = checkpoint.damage()
-        except (OSError, ValueError, KeyError) as error:
-            say(f"{path.name} is passed over: its {_STATE} can't be read ({error})")
-            continue
-        if known != fingerprint:
-            say(f"{path.name} is passed over: it belongs to another recipe or other inputs")
-        elif damage is not None:
-            say(f"{path.name} is passed over: {damage}")
-        else:
-            return checkpoint
-    return None
+    folders = _folders(folder)
+    if not folders:
+        return None
+    path = folders[0]
+    instead = f"to go on from {folders[1].name}" if len(folders) > 1 else "to begin anew"
+    try:
+        checkpoint = Checkpoint(path, json.loads((path / _STATE).read_text(encoding="utf-8")))
+        theirs, damage = checkpoint.state["run"], checkpoint.damage()
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{path}: {_STATE} can't be read ({type(error).__name__}: {error}); delete this folder {instead}"
+        ) from None
+    if damage is not None:
+        raise CheckpointError(f"{path}: {damage}; delete this folder {instead}")
+    if differences := list(_differences("", theirs, json.loads(json.dumps(run)))):
+        raise CheckpointError(
+            f"{path} was written by another run: {'; '.join(differences)}. Make that as it was to go on from there, or "
+            f"delete {folder} to begin anew"
+        )
+    return checkpoint
+
+
+def _differences(where: str, then: Any, now: Any) -> Iterator[str]:
+    if isinstance(then, Mapping) and isinstance(now, Mapping):
+        for key in sorted({*then, *now}):
+            yield from _differences(f"{where}.{key}" if where else key, then.get(key), now.get(key))
+    elif then != now:
+        yield f"{where} was {json.dumps(then)} and is {json.dumps(now)}"
 
 
 def _folders(folder: Path) -> list[Path]:

@@ -9,8 +9,10 @@ gradient counts as one with gradient zero.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import logging
+import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -45,6 +47,13 @@ class Ranks:
         if self.size > 1:
             dist.all_reduce(total)
         return total.tolist()
+
+    def largest(self, value: float) -> float:
+        """The largest of all ranks' values; every rank gets the same."""
+        found = torch.tensor(value, dtype=torch.float64, device=self.device)
+        if self.size > 1:
+            dist.all_reduce(found, dist.ReduceOp.MAX)
+        return float(found)
 
     def wait(self) -> None:
         """Return when all ranks are here."""
@@ -103,23 +112,35 @@ class TorchEngine:
         self.module, self.optimizer, self.max_norm, self.ranks = module, optimizer, max_norm, ranks
         self._bfloat16 = bfloat16
         self._trained = _trained(module)
+        # AdamW makes its moments at the first step: too late to find out that there is no memory for them.
+        for parameter in self._trained.values():
+            self.optimizer.state[parameter] = _fresh_state(parameter, updates=0)
 
     def __call__(self, *arguments: Any) -> tuple[Tensor, Any]:
         """The module's ``(loss, figures)``."""
-        with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self._bfloat16):
+        with self.precision():
             loss, figures = self.module(*arguments)
         return loss, figures
+
+    def precision(self) -> contextlib.AbstractContextManager[Any]:
+        """Where parts of the module may be called by themselves, in the precision of `__call__`."""
+        return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self._bfloat16)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add the gradient of a share of the window's loss; `last` says that the window is complete."""
         loss.backward()
 
-    def gradient_norm(self) -> float:
-        """Norm of the window's gradient over all parameters, before clipping; not finite if any part of it is."""
+    def forget(self) -> None:
+        """Discard the gradients so far, as if there had been no backward."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def gradient_norms(self) -> dict[str, float]:
+        """Norm of the window's gradient before clipping, by `part` of the parameter groups; it may be not finite."""
         for parameter in self._trained.values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        return float(nn.utils.get_total_norm([p.grad for p in self._trained.values() if p.grad is not None]))
+        groups = self.optimizer.param_groups
+        return _by_part(groups, [float(nn.utils.get_total_norm([p.grad for p in group["params"]])) for group in groups])
 
     def step(self, factor: float) -> None:
         """Clip, update with `factor` times the peak learning rates, forget the gradient."""
@@ -150,7 +171,8 @@ class DeepSpeedEngine:
     """ZeRO-2: every rank holds the weights and a share of the gradient and of AdamW's state.
 
     AdamW is torch's own, because DeepSpeed's is compiled at the first use. Training state is read and set through
-    DeepSpeed's public per-parameter functions instead of its checkpoint files, which are pickles.
+    DeepSpeed's public per-parameter functions instead of its checkpoint files, which are pickles. What the ranks have
+    ready at the same place in the order of their backward is added up, so this order must not depend on the records.
     """
 
     name = "DeepSpeed ZeRO-2"
@@ -203,16 +225,30 @@ class DeepSpeedEngine:
         loss, figures = self._engine(*arguments)
         return loss, figures
 
+    def precision(self) -> contextlib.AbstractContextManager[Any]:
+        """Where parts of the module may be called by themselves: anywhere, its weights have the precision."""
+        return contextlib.nullcontext()
+
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add the gradient of a share of the window's loss; `last` says that the window is complete."""
         self._engine.set_gradient_accumulation_boundary(last)
         # DeepSpeed averages over ranks.
         self._engine.backward(loss * self.ranks.size, scale_wrt_gas=False)
 
-    def gradient_norm(self) -> float:
-        """Norm of the window's gradient over all parameters, before clipping; NaN if any part of it is not finite."""
-        norm = float(self._zero.scaled_global_norm())
-        return norm if norm >= 0 else float("nan")
+    def forget(self) -> None:
+        """Discard the gradients so far, as if there had been no backward; what DeepSpeed does after an overflow."""
+        self._zero.zero_grad(set_to_none=True)
+        for group in range(len(self._zero.bit16_groups)):
+            self._zero.averaged_gradients[group] = self._zero.all_grad_tensors[group] = None
+
+    def gradient_norms(self) -> dict[str, float]:
+        """Norm of the window's gradient before clipping, by `part` of the parameter groups; NaN if not finite."""
+        zero, groups = self._zero, self._zero.param_groups
+        norms = [
+            float(zero.get_grad_norm_direct(zero.averaged_gradients[number], zero.params_in_partition[number]))
+            for number in range(len(groups))
+        ]
+        return _by_part(groups, [norm if norm >= 0 else float("nan") for norm in norms])
 
     def step(self, factor: float) -> None:
         """Clip, update with `factor` times the peak learning rates, forget the gradient."""
@@ -254,6 +290,14 @@ def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
 def _fresh_state(parameter: Tensor, updates: int) -> dict[str, Tensor]:
     moments = {moment: torch.zeros_like(parameter) for moment in _MOMENTS}
     return {"step": torch.tensor(float(updates)), **moments}
+
+
+def _by_part(groups: list[dict[str, Any]], norms: list[float]) -> dict[str, float]:
+    """The norms of parameter groups, put together by the part of the model that they belong to."""
+    parts: dict[str, float] = {}
+    for group, norm in zip(groups, norms, strict=True):
+        parts[group["part"]] = math.hypot(parts.get(group["part"], 0.0), norm)
+    return parts
 
 
 def _set_rates(optimizer: Any, factor: float) -> None:

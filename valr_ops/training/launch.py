@@ -111,10 +111,13 @@ def _hear(lines: Iterable[str], progress: Progress, last: deque[str]) -> None:
     """Pass on what rank 0 tells its progress; keep the `last` other lines."""
     counts: dict[str, _Counter] = {}
     for line in lines:
-        if not line.startswith(_MARK):
-            last.append(line.rstrip())
-            continue
-        told = json.loads(line.removeprefix(_MARK))
+        # Other processes write to the same pipe, in front of a message or behind it.
+        before, mark, message = line.rstrip().partition(_MARK)
+        told: dict[str, Any] = {"what": "nothing"}
+        end = 0
+        if mark:
+            told, end = json.JSONDecoder().raw_decode(message)
+        last.extend(filter(None, (before, message[end:])))
         match told.pop("what"):
             case "say":
                 progress.say(**told)
@@ -154,7 +157,9 @@ class _TellingProgress(Progress):
         self._tell(what="log", step=step, metrics=dict(metrics))
 
     def _tell(self, **what: Any) -> None:
-        print(_MARK + json.dumps(what), flush=True)
+        # In one piece: where Python doesn't buffer, print writes the end of the line by itself.
+        sys.stdout.write(f"{_MARK}{json.dumps(what)}\n")
+        sys.stdout.flush()
 
 
 def main(job_file: Path) -> int:

@@ -1,8 +1,20 @@
 """What training writes down: one row an update, the plot of it, and what people read.
 
 In: figures of every update. Out: `training_log.parquet` and `loss.png`, equal bytes for equal runs.
-Always: `alignment/<teacher>` is the mean cosine to the segment's own features, `control/<teacher>` the same cosine to
-another image's; the loss contains the negative of the first. Clocks never enter a row.
+The columns of a row, by name:
+
+    loss, ce                        the window's loss, and its cross-entropy in nats a supervised token
+    alignment/<teacher>             mean cosine to the segment's own features; the loss contains its negative
+    control/<teacher>               the same cosine to another image's features
+    gradient_norm                   before clipping; decoder_ and projector_gradient_norm are its parts
+    <part>_learning_rate            of the decoder and of the projectors
+    latent_norm_ratio               norm of the fed-back states over that of the tokens' embeddings
+    effective_rank                  directions that the K latents of a segment span, 1 to K
+    feedback_residual               size of the last feedback hop's change over the size of the feedback
+    slot_drift                      largest difference between pass 2's states and those rolled out, over the largest
+
+Always: clocks never enter a row; rates, `data_wait_share` and `model_flops_utilisation` (model FLOPs as `recipe.cost`
+counts them, over the seconds of the update, over the machine's peak) go to people and trackers only.
 """
 
 from __future__ import annotations
@@ -24,56 +36,49 @@ _WHOLE_NUMBERS = ("update", "supervised_tokens", "aligned_segments")
 class Clock:
     """Seconds and rates of this process's updates; they go to people and trackers, never into the artifact."""
 
-    def __init__(self) -> None:
+    def __init__(self, peak_flops: float | None) -> None:
+        """`peak_flops`: FLOPs a second that all ranks could do at most, or None where that is not known."""
+        self._peak_flops = peak_flops
         self._last = time.monotonic()
-        self._seconds = self._waited = self._tokens = self._records = 0.0
+        self._seconds = self._waited = self._tokens = self._records = self._flops = 0.0
 
-    def lap(self, tokens: float, records: int, waited: float) -> dict[str, float]:
-        """The rates of the update that ends now, which read `tokens` and `records` after waiting `waited` seconds."""
+    def start(self) -> None:
+        """Begin to count here: what was before the first update is no part of it."""
+        self._last = time.monotonic()
+
+    def lap(self, tokens: float, records: int, flops: float, waited: float) -> dict[str, float]:
+        """The rates of the update that ends now, which did so much after `waited` seconds without data."""
         now = time.monotonic()
         seconds, self._last = max(now - self._last, 1e-9), now
         self._seconds += seconds
         self._waited += waited
         self._tokens += tokens
         self._records += records
-        return self._rates(seconds, waited, tokens, records)
+        self._flops += flops
+        return self._rates(seconds, waited, tokens, records, flops)
 
     def totals(self) -> dict[str, float]:
         """The same over all laps, and their seconds; empty if there were none."""
         if not self._seconds:
             return {}
-        rates = self._rates(self._seconds, self._waited, self._tokens, self._records)
+        rates = self._rates(self._seconds, self._waited, self._tokens, self._records, self._flops)
         return {"training_seconds": self._seconds, **rates}
 
-    @staticmethod
-    def _rates(seconds: float, waited: float, tokens: float, records: float) -> dict[str, float]:
-        return {
+    def _rates(self, seconds: float, waited: float, tokens: float, records: float, flops: float) -> dict[str, float]:
+        rates = {
             "tokens_per_second": tokens / seconds,
             "samples_per_second": records / seconds,
             "data_wait_share": min(waited / seconds, 1.0),
         }
+        if self._peak_flops is not None:
+            rates["model_flops_utilisation"] = flops / seconds / self._peak_flops
+        return rates
 
 
-def columns(teachers: Sequence[str]) -> list[str]:
-    """Names of the log's columns."""
-    return [
-        "update",
-        "loss",
-        "ce",
-        *(f"{kind}/{teacher}" for teacher in teachers for kind in ("alignment", "control")),
-        "gradient_norm",
-        "learning_rate",
-        "latent_norm_ratio",
-        "supervised_tokens",
-        "aligned_segments",
-    ]
-
-
-def write_log(rows: Sequence[Row], teachers: Sequence[str], path: Path) -> None:
+def write_log(rows: Sequence[Row], path: Path) -> None:
     """Write the rows as parquet: whole numbers int64, everything else float64."""
     table = {
-        name: pa.array([int(row[name]) if name in _WHOLE_NUMBERS else row[name] for row in rows])
-        for name in columns(teachers)
+        name: pa.array([int(row[name]) if name in _WHOLE_NUMBERS else row[name] for row in rows]) for name in rows[0]
     }
     pq.write_table(pa.table(table), path, row_group_size=4096)
 

@@ -4,15 +4,15 @@ In: the rewritten corpus, a model to start from, and for stage 2 the features of
 folder of the trained model, with `projectors.safetensors`, `training_log.parquet` and `loss.png` beside it.
 The vision encoder is frozen with its merger, which belongs to it (paper: "vision encoder"); blocks, embeddings and head
 are trained. Each stage starts with a fresh optimizer (paper silent).
-Always: a step that is not finite never reaches the weights, and a run that was killed goes on bit for bit.
+Always: the heaviest micro-batch to come is computed first and thrown away, so that memory runs out in the first minute
+or not at all; a step that is not finite never reaches the weights; a run that was killed goes on bit for bit.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -25,47 +25,47 @@ from valr_ops.data.corpus import ImageStore
 from valr_ops.data.rewriting import Sequence
 from valr_ops.model import checkpoint
 from valr_ops.model.alignment import Projectors
-from valr_ops.model.qwen import load_model, save_model
-from valr_ops.recipe.recipe import Recipe, TrainingRecipe
+from valr_ops.model.qwen import check_block, load_model, save_model
+from valr_ops.recipe.recipe import Recipe, RecipeError, TrainingRecipe
 from valr_ops.store.artifacts import Check, StageContext, StageReport
 from valr_ops.store.progress import Progress
-from valr_ops.teachers.features import FeatureStore
+from valr_ops.teachers.features import open_stores
 from valr_ops.torchvision_guard import ensure_torchvision
 from valr_ops.training import launch, log, schedule
-from valr_ops.training.engine import DeepSpeedEngine, TorchEngine, join_ranks, make_engine
-from valr_ops.training.objective import Counts, Objective
+from valr_ops.training.engine import Ranks, join_ranks, make_engine
+from valr_ops.training.objective import Counts, Figures, Objective
+from valr_ops.training.passes import Engine, check_finite, memory_errors_named, passes, rehearse
+from valr_ops.training.peak import peak
 from valr_ops.training.stop import StopSignals, TrainingInterrupted
-from valr_ops.training.windows import Share, Windows
+from valr_ops.training.windows import Windows
 
 ensure_torchvision()
 
 from transformers import Qwen2_5_VLForConditionalGeneration  # noqa: E402
 
-Engine = TorchEngine | DeepSpeedEngine
-
-
-class TrainingError(RuntimeError):
-    """A step that is not finite: the message names the records and what to change."""
+_TOLERATED_DRIFT = {"float32": 1e-3, "bfloat16": 1e-1}
+"""Relative; rounding gives about 1e-6 and 1e-2."""
 
 
 def build_stage1(context: StageContext) -> StageReport:
     """The stage `stage1_sft`: chain-of-thought fine-tuning without latents, from the base model.
 
     Raises:
-        TrainingError: a loss or a gradient is not finite.
+        TrainingError: a loss or a gradient is not finite, or the memory is too small.
         TrainingInterrupted: a signal came; the same call goes on from the checkpoint in ``context.work``.
+        CheckpointError: the checkpoint in ``context.work`` is damaged or of another run.
         RecipeError: a recipe that does not fit the model or the machine.
     """
     if launch.must_launch(context):
         return launch.run_ranks(context, f"{__name__}:build_stage1")
-    return _build(context, stage=1, training=context.recipe.stage1, start="base_model")
+    return _build(context, stage=1, start="base_model")
 
 
 def build_stage2(context: StageContext) -> StageReport:
     """A stage-2 model: latents between the steps, aligned to the recipe's teachers, from stage 1. Raises as stage 1."""
     if launch.must_launch(context):
         return launch.run_ranks(context, f"{__name__}:build_stage2")
-    return _build(context, stage=2, training=context.recipe.stage2, start="stage1_sft")
+    return _build(context, stage=2, start="stage1_sft")
 
 
 @dataclass
@@ -84,9 +84,9 @@ def train(
     engine: Engine,
     objective: Objective,
     windows: Windows,
-    recipe: TrainingRecipe,
+    recipe: Recipe,
+    stage: Literal[1, 2],
     updates: int,
-    seed: int,
     done: Done,
     save: Callable[[], None],
     clock: log.Clock,
@@ -95,28 +95,32 @@ def train(
     """Do the updates that `done` lacks, writing into `done` and `clock`; `save` makes a checkpoint of it.
 
     Raises:
-        TrainingError: a loss or gradient that is not finite; the weights are those before the step.
+        TrainingError: no memory, or a loss or gradient that is not finite; the weights are those before the step.
         TrainingInterrupted: a signal came; the checkpoint is written.
     """
-    ranks = engine.ranks
+    ranks, training, drifted = engine.ranks, _training(recipe, stage), False
     with StopSignals() as stop:
+        rehearse(engine, objective, windows, done.updates, updates, recipe, stage)
+        clock.start()
         coming = windows.ahead(done.updates, updates)
         for window, waited in progress.track(coming, "updates", total=updates, done=done.updates):
             # Nothing here draws random numbers yet; a pure function of the update stays the same over a resume.
-            torch.manual_seed(seed * 1_000_003 + done.updates)
-            counts = Counts.of(window.shares, ranks)
-            losses, sums = [], []
-            for number, share in enumerate(window.shares, start=1):
-                loss, figures = engine(share.batch.to(ranks.device), share.features, counts)
-                engine.backward(loss, last=number == len(window.shares))
-                losses.append(loss.item())
-                sums.append(figures)
-            factor = schedule.learning_rate_factor(done.updates, updates, recipe)
+            torch.manual_seed(recipe.seed * 1_000_003 + done.updates)
+            counts = Counts.of(window.shares, objective.shape, ranks)
+            losses, figures = [], []
+            with memory_errors_named(window.shares, recipe, stage):
+                for loss, of_share in passes(engine, objective, window.shares, counts):
+                    losses.append(loss.item())
+                    figures.append(of_share)
+                    engine.backward(loss, last=len(losses) == len(window.shares))
+            norms = engine.gradient_norms()
+            factor = schedule.learning_rate_factor(done.updates, updates, training)
             row = {
                 "update": done.updates + 1,
-                **objective.means(sums, ranks),
-                "gradient_norm": engine.gradient_norm(),
-                "learning_rate": factor * recipe.learning_rate,
+                **objective.means(figures, ranks),
+                "gradient_norm": math.hypot(*norms.values()),
+                **{f"{part}_gradient_norm": norm for part, norm in norms.items()},
+                **{f"{part}_learning_rate": factor * schedule.peak_rates(training)[part] for part in norms},
                 "supervised_tokens": counts.supervised_tokens,
                 "aligned_segments": counts.aligned_segments,
             }
@@ -124,11 +128,17 @@ def train(
             engine.step(factor)
             done.updates += 1
             done.token_digest = hashlib.sha256(done.token_digest.encode() + window.token_ids).hexdigest()
-            if done.updates % recipe.log_every == 0 or done.updates == updates:
+            if done.updates % training.log_every == 0 or done.updates == updates:
                 done.rows.append(row)
-            progress.log(done.updates, row | clock.lap(counts.positions, windows.records, waited))
+            progress.log(done.updates, row | clock.lap(counts.positions, windows.records, counts.flops, waited))
+            if row["slot_drift"] > _TOLERATED_DRIFT[training.precision] and not drifted:
+                drifted = True
+                progress.say(
+                    f"update {done.updates}: the states of the training pass differ from those rolled out by "
+                    f"{row['slot_drift']:.1g}, more than rounding explains; compare with latents.method=sequential"
+                )
             stopping = ranks.sum([stop.requested()])[0] > 0
-            if stopping or done.updates % recipe.checkpoint_every == 0 or done.updates == updates:
+            if stopping or done.updates % training.checkpoint_every == 0 or done.updates == updates:
                 save()
             if stopping:
                 raise TrainingInterrupted(
@@ -137,36 +147,37 @@ def train(
                 )
 
 
-def check_finite(row: log.Row, losses: list[float], shares: list[Share]) -> None:
-    """Raise `TrainingError` if the loss or the gradient of a window is not finite, on every rank alike."""
-    wrong = [name for name in ("loss", "gradient_norm") if not math.isfinite(row[name])]
-    if not wrong:
-        return
-    bad = [share for share, loss in zip(shares, losses, strict=True) if not math.isfinite(loss)]
-    records = ", ".join(name for share in bad or shares for name in share.batch.record_ids)
-    where = "the records" if bad else "a window whose losses are finite on this rank, with the records"
-    raise TrainingError(
-        f"update {row['update']:.0f}: {', '.join(f'{name} is {row[name]}' for name in wrong)} in {where} {records}. "
-        "The weights were not changed. Look at these records, or lower this stage's learning_rate"
-    )
-
-
 def validate(engine: Engine, objective: Objective, windows: Windows, sequences: list[Sequence]) -> dict[str, float]:
     """Loss and its parts over `sequences`, by ``validation/<name>``; nothing where there are none."""
     if not sequences:
         return {}
-    sums = []
+    figures: list[Figures] = []
+    alone = Ranks(0, 1, engine.ranks.device)
     with torch.no_grad():
-        for share in windows.every(sequences):
-            counts = Counts(share.supervised_tokens, share.aligned_segments, share.positions)
-            sums.append(engine(share.batch.to(engine.ranks.device), share.features, counts)[1])
-    means = objective.means(sums, engine.ranks)
-    return {f"validation/{name}": value for name, value in means.items() if name != "latent_norm_ratio"}
+        for shares in windows.every(sequences):
+            counts = Counts.of(shares, objective.shape, alone)
+            figures += [of_share for _, of_share in passes(engine, objective, shares, counts)]
+    means = objective.means(figures, engine.ranks)
+    return {
+        f"validation/{name}": value
+        for name, value in means.items()
+        if name.split("/")[0] in ("loss", "ce", "alignment", "control")
+    }
 
 
-def _build(context: StageContext, stage: Literal[1, 2], training: TrainingRecipe, start: str) -> StageReport:
-    recipe, inputs = context.recipe, context.inputs
+def _training(recipe: Recipe, stage: Literal[1, 2]) -> TrainingRecipe:
+    return recipe.stage1 if stage == 1 else recipe.stage2
+
+
+def _build(context: StageContext, stage: Literal[1, 2], start: str) -> StageReport:
+    recipe, inputs, training = context.recipe, context.inputs, _training(context.recipe, stage)
     ranks = join_ranks(recipe.runtime)
+    if stage == 2 and ranks.size > 1 and recipe.latents.method != "two_pass":
+        raise RecipeError(
+            f"latents.method={recipe.latents.method} with runtime.processes={ranks.size}: gradients become ready in an "
+            "order that depends on the records, and ZeRO-2 would add up those of different parameters; set "
+            "latents.method to two_pass, or runtime.processes to 1"
+        )
     progress = context.progress if ranks.first else Progress()
     torch.set_num_threads(recipe.runtime.threads)
     torch.manual_seed(recipe.seed)
@@ -175,7 +186,9 @@ def _build(context: StageContext, stage: Literal[1, 2], training: TrainingRecipe
     # Activations of a long record are the largest thing on a GPU after the optimizer's state.
     model.model.language_model.gradient_checkpointing = ranks.device.type == "cuda"
     aligned = stage == 2 and recipe.alignment.weight > 0
-    stores = {name: FeatureStore(inputs[f"teacher_features_{name}"]) for name in recipe.alignment.teachers if aligned}
+    if aligned:
+        check_block(model.config, recipe.alignment.block)
+    stores = open_stores(context.stage, recipe.alignment.teachers if aligned else (), inputs)
     dimensions = {name: store.dim for name, store in stores.items()}
     width = model.lm_head.in_features
     projectors = Projectors(dimensions, width, recipe.alignment).to(ranks.device) if aligned else None
@@ -191,40 +204,46 @@ def _build(context: StageContext, stage: Literal[1, 2], training: TrainingRecipe
     images = ImageStore(inputs["cot_corpus"] / "images.parquet")
     windows = Windows(
         sequences,
-        Collator(images, processor, recipe.latents if stage == 2 else None),
+        Collator(images, processor, recipe.latents if stage == 2 else None, max_length=recipe.data.max_length),
         stores,
         micro_batch=training.micro_batch,
         accumulation=training.accumulation,
         seed=recipe.seed,
         ranks=ranks,
     )
-    fingerprint = _fingerprint(context, stage, training)
-    done = _resume(engine, context.work, fingerprint, progress)
+    run = _run_of(context, stage, training)
+    done = _resume(engine, context.work, run, progress)
+    peak_flops, peak_in_words = peak(ranks, training.precision)
     progress.say(
         f"{len(sequences)} sequences, {updates} updates of {windows.records}, {ranks.size} process(es), {engine.name}"
     )
-    clock = log.Clock()
+    progress.say(
+        "model_flops_utilisation counts forward and backward, causal attention by half, without roll-out, hops and "
+        f"activations computed again; the peak is {peak_in_words}"
+    )
+    clock = log.Clock(peak_flops)
     train(
         engine,
         objective,
         windows,
-        training,
+        recipe,
+        stage,
         updates,
-        recipe.seed,
         done,
-        save=lambda: _save_checkpoint(engine, context.work, fingerprint, done),
+        save=lambda: _save_checkpoint(engine, context.work, run, done, training.keep_checkpoints),
         clock=clock,
         progress=progress,
     )
     validation = validate(engine, objective, windows, _validation_sequences(inputs["latent_corpus"], progress))
     if ranks.first:
-        if training.precision == "bfloat16":
-            model.bfloat16()
+        # Tensors of their own in host memory: DeepSpeed's are views of one, which safetensors refuses.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to("cpu", getattr(torch, training.precision), copy=True)
         save_model(model, processor, context.out, _settings(recipe, stage))
         if projectors is not None:
             tensors = {name: tensor.float().cpu().contiguous() for name, tensor in projectors.state_dict().items()}
             save_file(tensors, context.out / "projectors.safetensors")
-        log.write_log(done.rows, objective.teachers, context.out / "training_log.parquet")
+        log.write_log(done.rows, context.out / "training_log.parquet")
         log.plot(done.rows, objective.teachers, context.out / "loss.png")
     ranks.wait()
     return _report(done, validation, objective, windows, clock)
@@ -273,19 +292,19 @@ def _report(
 # ------------------------------------------------------------------------------------------------------ checkpoints
 
 
-def _save_checkpoint(engine: Engine, work: Path, fingerprint: str, done: Done) -> None:
+def _save_checkpoint(engine: Engine, work: Path, run: Mapping[str, Any], done: Done, keep: int) -> None:
     """All ranks give their share of the state; the first one writes it."""
     tensors = engine.state()
     if engine.ranks.first:
-        checkpoint.write(work, done.updates, tensors, {"fingerprint": fingerprint, "done": asdict(done)})
+        checkpoint.write(work, done.updates, tensors, {"run": run, "done": asdict(done)}, keep)
     else:
         for _ in tensors:
             pass
     engine.ranks.wait()
 
 
-def _resume(engine: Engine, work: Path, fingerprint: str, progress: Progress) -> Done:
-    found = checkpoint.newest(work, fingerprint, progress.say)
+def _resume(engine: Engine, work: Path, run: Mapping[str, Any], progress: Progress) -> Done:
+    found = checkpoint.newest(work, run)
     if found is None:
         return Done()
     done = Done(**found.state["done"])
@@ -294,23 +313,25 @@ def _resume(engine: Engine, work: Path, fingerprint: str, progress: Progress) ->
     return done
 
 
-def _fingerprint(context: StageContext, stage: int, training: TrainingRecipe) -> str:
-    """Equal for runs that go through the same states: recipe, inputs, and the records of each window.
+def _run_of(context: StageContext, stage: Literal[1, 2], training: TrainingRecipe) -> dict[str, Any]:
+    """Equal for runs that go through the same states: recipe fields, inputs, and the records of each window.
 
     Left out is how a window is divided and how often a checkpoint is written, so that a run may go on with another
     number of processes, as long as micro_batch x accumulation x processes stays.
     """
-    recipe = context.recipe
-    parts = {
+    recipe, name = context.recipe, f"stage{stage}"
+    divided = {"micro_batch", "accumulation", "checkpoint_every", "keep_checkpoints", "engine"}
+    fields: dict[str, Any] = {"seed": recipe.seed, name: training.model_dump(mode="json", exclude=divided)}
+    if stage == 2:
+        fields |= {"latents": recipe.latents.model_dump(), "alignment": recipe.alignment.model_dump(mode="json")}
+    return {
         "stage": context.stage,
-        "seed": recipe.seed,
-        "training": training.model_dump(exclude={"micro_batch", "accumulation", "checkpoint_every", "engine"}),
-        "records_per_update": schedule.records_per_update(training, recipe.runtime.processes),
-        "latents": recipe.latents.model_dump() if stage == 2 else None,
-        "alignment": recipe.alignment.model_dump() if stage == 2 else None,
-        "inputs": {name: _likeness(path) for name, path in sorted(context.inputs.items())},
+        **fields,
+        f"{name}.micro_batch x {name}.accumulation x runtime.processes": schedule.records_per_update(
+            training, recipe.runtime.processes
+        ),
+        "input": {name: _likeness(path)[:12] for name, path in sorted(context.inputs.items())},
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def _likeness(artifact: Path, ends_bytes: int = 2**20) -> str:

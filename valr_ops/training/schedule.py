@@ -48,20 +48,25 @@ def learning_rate_factor(update: int, total: int, recipe: TrainingRecipe) -> flo
             return 1.0
 
 
+def peak_rates(recipe: TrainingRecipe) -> dict[str, float]:
+    """The peak learning rate of each part of what is trained (paper, table 7)."""
+    return {"decoder": recipe.learning_rate, "projector": recipe.projector_learning_rate}
+
+
 def parameter_groups(
     decoder: Iterable[Tensor], projectors: Iterable[Tensor], recipe: TrainingRecipe
 ) -> list[dict[str, Any]]:
     """AdamW's groups: two learning rates (paper, table 7), each with and without weight decay; empty groups left out.
 
     Norms and biases, the parameters with fewer than two axes, are not decayed: the paper is silent, the usual choice.
-    `peak_lr` is what `learning_rate_factor` multiplies.
+    `peak_lr` is what `learning_rate_factor` multiplies, `part` is a key of `peak_rates`.
     """
     groups = []
-    for parameters, rate in ((decoder, recipe.learning_rate), (projectors, recipe.projector_learning_rate)):
+    for (part, rate), parameters in zip(peak_rates(recipe).items(), (decoder, projectors), strict=True):
         trained = [parameter for parameter in parameters if parameter.requires_grad]
         for decayed in (True, False):
             members = [parameter for parameter in trained if (parameter.ndim >= 2) == decayed]
             decay = recipe.weight_decay if decayed else 0.0
             if members:
-                groups.append({"params": members, "lr": rate, "peak_lr": rate, "weight_decay": decay})
+                groups.append({"params": members, "part": part, "lr": rate, "peak_lr": rate, "weight_decay": decay})
     return groups

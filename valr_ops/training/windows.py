@@ -20,6 +20,7 @@ from torch import Tensor
 
 from valr_ops.data.batching import IGNORED, Batch, Collator, order
 from valr_ops.data.rewriting import Sequence
+from valr_ops.recipe.cost import Shape, batch_flops
 from valr_ops.teachers.features import FeatureStore
 from valr_ops.training.engine import Ranks
 
@@ -48,6 +49,14 @@ class Share:
     def positions(self) -> int:
         """Number of tokens and slots, without padding."""
         return int(self.batch.attention_mask.sum())
+
+    def flops(self, model: Shape) -> int:
+        """Model FLOPs of forward and backward, by the conventions of `recipe.cost`."""
+        batch = self.batch
+        labelled = (batch.labels[:, 1:] != IGNORED).sum(1)
+        grids = [grid for grid in (batch.image_grid_thw, batch.video_grid_thw) if grid is not None]
+        frames = [height * width for grid in grids for time, height, width in grid.tolist() for _ in range(time)]
+        return batch_flops(model, zip(batch.attention_mask.sum(1).tolist(), labelled.tolist(), strict=True), frames)
 
 
 @dataclass(frozen=True)
@@ -86,13 +95,31 @@ class Windows:
 
     def window(self, update: int) -> Window:
         """The micro-batches of `update` that this rank computes; ranks take them in turn."""
-        drawn = [self._sequences[index] for index in self.indices(update)]
         digest = hashlib.sha256()
-        for sequence in drawn:
-            digest.update(np.ascontiguousarray(sequence.input_ids, dtype=np.int32).tobytes())
-        drawn.sort(key=lambda sequence: (len(sequence.segments), len(sequence.input_ids), sequence.id))
-        starts = range(self._ranks.rank * self._micro_batch, self.records, self._ranks.size * self._micro_batch)
-        return Window([self.share(drawn[start : start + self._micro_batch]) for start in starts], digest.digest())
+        for index in self.indices(update):
+            digest.update(np.ascontiguousarray(self._sequences[index].input_ids, dtype=np.int32).tobytes())
+        mine = self._micro_batches(update)[self._ranks.rank :: self._ranks.size]
+        return Window([self.share(sequences) for sequences in mine], digest.digest())
+
+    def heaviest(self, start: int, stop: int) -> Iterator[list[Share]]:
+        """The worst that a rank computes in the updates `start` .. `stop` - 1, the same on every rank.
+
+        Yields the micro-batches of a rank's window twice, the heaviest of all windows in front: first by tokens x
+        segments, then by tokens, because either may need more memory.
+        """
+        sizes = {
+            (update, number): self._size(sequences)
+            for update in range(start, stop)
+            for number, sequences in enumerate(self._micro_batches(update))
+        }
+        by_work = {place: tokens * (1 + segments) for place, (tokens, segments) in sizes.items()}
+        by_tokens = {place: tokens for place, (tokens, _) in sizes.items()}
+        for weights in (by_work, by_tokens) if sizes else ():
+            update, heaviest = max(weights, key=weights.__getitem__)
+            turn, rank = divmod(heaviest, self._ranks.size)
+            window = self._micro_batches(update)[rank :: self._ranks.size]
+            window.insert(0, window.pop(turn))
+            yield [self.share(sequences) for sequences in window]
 
     def share(self, sequences: list[Sequence]) -> Share:
         """One micro-batch of `sequences`."""
@@ -103,12 +130,14 @@ class Windows:
         }
         return Share(batch, features)
 
-    def every(self, sequences: list[Sequence]) -> Iterator[Share]:
-        """This rank's micro-batches of one pass over `sequences`, of like sizes, for validation."""
-        near = sorted(sequences, key=lambda sequence: (len(sequence.segments), len(sequence.input_ids), sequence.id))
+    def every(self, sequences: list[Sequence]) -> Iterator[list[Share]]:
+        """This rank's micro-batches of one pass over `sequences`, of like sizes, a window's worth at a time."""
+        near = sorted(sequences, key=_likeness)
         step = self._ranks.size * self._micro_batch
-        for start in range(self._ranks.rank * self._micro_batch, len(near), step):
-            yield self.share(near[start : start + self._micro_batch])
+        starts = range(self._ranks.rank * self._micro_batch, len(near), step)
+        per_window = self.records // step
+        for first in range(0, len(starts), per_window):
+            yield [self.share(near[at : at + self._micro_batch]) for at in starts[first : first + per_window]]
 
     def ahead(self, start: int, stop: int) -> Iterator[tuple[Window, float]]:
         """Windows `start` .. `stop` - 1 in order, each with the seconds that were spent waiting for it."""
@@ -121,3 +150,19 @@ class Windows:
                 waited = time.monotonic() - asked
                 coming = pool.submit(self.window, update + 1) if update + 1 < stop else None
                 yield window, waited
+
+    def _micro_batches(self, update: int) -> list[list[Sequence]]:
+        """All micro-batches of `update`, whoever computes them."""
+        drawn = sorted((self._sequences[index] for index in self.indices(update)), key=_likeness)
+        return [drawn[start : start + self._micro_batch] for start in range(0, self.records, self._micro_batch)]
+
+    def _size(self, sequences: list[Sequence]) -> tuple[int, int]:
+        """Tokens, slots included, and segments of a micro-batch; stage 1 leaves out the two markers of each segment."""
+        latents = self._collate.latents
+        segments = sum(len(sequence.segments) for sequence in sequences)
+        tokens = sum(len(sequence.input_ids) for sequence in sequences)
+        return (tokens + segments * latents.fed_slots, segments) if latents else (tokens - 2 * segments, 0)
+
+
+def _likeness(sequence: Sequence) -> tuple[int, int, str]:
+    return len(sequence.segments), len(sequence.input_ids), sequence.id
