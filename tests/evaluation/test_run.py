@@ -255,3 +255,18 @@ def test_a_users_folder_is_read_up_to_its_broken_lines(tmp_path: Path) -> None:
     (opened,) = open_benchmarks(read(values), tmp_path)
     assert [item.id for item in opened.items()] == ["mine/a", "mine/c", "mine/d"]
     assert sorted(one.reason for one in opened.rejections) == ["image_missing", "not_json"]
+
+
+def test_the_settling_of_segments_reaches_generation_and_the_budget(tmp_path: Path) -> None:
+    sources = {"data.sources.mine": {"format": "jsonl", "path": str(users_folder(tmp_path / "mine"))}}
+    save_model(tiny.model(), tiny.processor(), tmp_path / "stage2_valr_s", {"slots": 4, "control_tokens": "outside"})
+    limits = {"evaluation.max_new_tokens": 6, "evaluation.max_segments": 1, "evaluation.force_first_latent": True}
+    steps, budgets = [], []
+    for settle in (None, -1.0):
+        at = context("scores_valr_s", tmp_path, {"sources": tmp_path, "stage2_valr_s": tmp_path / "stage2_valr_s"})
+        at = replace(at, recipe=tiny.recipe(**sources, **limits, **{"evaluation.latent_settle": settle}))
+        build_scores(at)
+        steps.append({row["latent_steps"] for row in read_predictions(at.out)})
+        budgets.append(json.loads((at.out / "scores.json").read_text())["budget"]["latent_settle"])
+    assert steps == [{4}, {1}], "a cosine of -1 is always reached, so a segment ends after its first slot"
+    assert budgets == [None, -1.0]

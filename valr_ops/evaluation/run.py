@@ -86,6 +86,8 @@ class Budget:
     seed: int
     slots: int
     """Slots fed in a segment, 0 for a model without latents. The one field in which models differ by design."""
+    latent_settle: float | None = None
+    """Cosine of successive latents from which a segment ended early; None where it always had all its slots."""
 
     def require_comparable(self, other: Budget, names: tuple[str, str]) -> None:
         """Raise `BudgetError` unless the two budgets agree in everything but `slots`."""
@@ -217,7 +219,8 @@ def open_answerer(name: str, folder: Path, recipe: Recipe) -> Answerer:
     import torch
 
     from valr_ops.data.rewriting import prompt_messages
-    from valr_ops.model.decoding import ValrForConditionalGeneration, fed_slots, generate_answers
+    from valr_ops.model.answering import generate_answers
+    from valr_ops.model.decoding import ValrForConditionalGeneration, fed_slots
     from valr_ops.model.qwen import load_model
 
     torch.set_num_threads(recipe.runtime.threads)
@@ -237,13 +240,13 @@ def open_answerer(name: str, folder: Path, recipe: Recipe) -> Answerer:
             max_new_tokens=limits.max_new_tokens,
             max_segments=limits.max_segments,
             force_first_latent=limits.force_first_latent,
-            latents=slots > 0,
+            settle=limits.latent_settle,
         )
 
     budget = Budget(
         isolation=ISOLATION,
         prompt=_digest(prompt),
-        engine="transformers",
+        engine="valr_ops",
         precision=precision,
         decoding="greedy",
         max_new_tokens=limits.max_new_tokens,
@@ -253,6 +256,7 @@ def open_answerer(name: str, folder: Path, recipe: Recipe) -> Answerer:
         max_pixels=int(size["longest_edge"]),
         seed=recipe.seed,
         slots=slots,
+        latent_settle=limits.latent_settle,
     )
     return Answerer(name, generate, budget, directory_digest(folder))
 

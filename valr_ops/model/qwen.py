@@ -508,6 +508,8 @@ def load_model(
     device: str,
     precision: str,
     model_class: type[Model] = Qwen2_5_VLForConditionalGeneration,  # type: ignore[assignment]
+    *,
+    plain: bool = False,
 ) -> tuple[Model, Qwen2_5_VLProcessor]:
     """A model folder that a stage wrote, as (model in evaluation mode with its tower frozen, processor).
 
@@ -516,6 +518,7 @@ def load_model(
         device: "cpu" or "cuda".
         precision: "float32", "bfloat16" or, for tests, "float64".
         model_class: Qwen2_5_VLForConditionalGeneration or a subclass with the same parameters.
+        plain: take a Qwen2.5-VL as it is released too, which has no control tokens.
 
     Raises:
         ModelError: no or another kind of model, missing or truncated weights, control tokens missing or at ids other
@@ -526,13 +529,13 @@ def load_model(
         raise ModelError(f"precision={precision!r} is not known; choose one of {', '.join(_PRECISIONS)}")
     processor = _load_processor(folder)
     model = _load_weights(folder, model_class, _PRECISIONS[precision])
-    ids = control_tokens(model.config)
-    read = control_tokens(processor.tokenizer)
-    if ids != read:
-        raise ModelError(
-            f"{folder}: config.valr has the control tokens {ids} but the tokenizer has {read}; "
-            "tokenizer and weights come from different models, build the artifact again"
-        )
+    if not plain or getattr(model.config, "valr", None):
+        ids, read = control_tokens(model.config), control_tokens(processor.tokenizer)
+        if ids != read:
+            raise ModelError(
+                f"{folder}: config.valr has the control tokens {ids} but the tokenizer has {read}; "
+                "tokenizer and weights come from different models, build the artifact again"
+            )
     model.to(torch.device(device))  # type: ignore[arg-type]
     return freeze_tower(model.eval()), processor
 
@@ -551,7 +554,7 @@ def save_model(
     processor.save_pretrained(folder)
 
 
-def write_model(model: Qwen2_5_VLForConditionalGeneration, folder: Path) -> None:
+def write_model(model: Qwen2_5_VLForConditionalGeneration, folder: Path, max_shard_size: int | str = "5GB") -> None:
     """Write config, generation config and weights of `model` to `folder`, under the names of the stock class.
 
     transformers' own `save_pretrained` would import every training engine that is installed, and name our subclass,
@@ -567,7 +570,7 @@ def write_model(model: Qwen2_5_VLForConditionalGeneration, folder: Path) -> None
     if model.lm_head.weight is model.get_input_embeddings().weight:
         del weights["lm_head.weight"]
     save_torch_state_dict(
-        revert_weight_conversion(model, weights), folder, max_shard_size="5GB", metadata={"format": "pt"}
+        revert_weight_conversion(model, weights), folder, max_shard_size=max_shard_size, metadata={"format": "pt"}
     )
 
 
