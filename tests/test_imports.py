@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 CHECKOUT = Path(__file__).resolve().parents[1]
-ORDER = ("recipe", "store", "data", "teachers", "model", "training", "evaluation", "release")
+ORDER = ("recipe", "store", "data", "teachers", "model", "training", "evaluation", "serving", "release")
 """Folders of valr_ops in the order in which a record travels."""
 OWNERS = {
     "mlflow": ("valr_ops/store/lineage.py",),
@@ -20,6 +20,8 @@ OWNERS = {
     "great_expectations": ("valr_ops/data/expectations.py",),
     "deepspeed": ("valr_ops/training/engine.py",),
     "timm": ("valr_ops/teachers/",),
+    "fastapi": ("valr_ops/serving/",),
+    "uvicorn": ("valr_ops/serving/",),
     "kubernetes": ("valr_ops/release/dispatch.py", "assets/"),
     "dagster": ("assets/", "pipelines/"),
 }

@@ -94,6 +94,35 @@ def _parser() -> argparse.ArgumentParser:
     ui.add_argument("--dagster-port", type=int, default=3000)
     ui.add_argument("--mlflow-port", type=int, default=5000)
 
+    generate = verb("generate", _generate, "ask a model one question about images", in_project=False)
+    generate.add_argument("--model", required=True, metavar="PATH_OR_STAGE", help="a model folder, or the stage of one")
+    generate.add_argument("--image", action="append", default=[], type=Path, metavar="FILE", help="may be given again")
+    generate.add_argument("--question", required=True, metavar="TEXT")
+    generate.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="slots are not counted")
+    generate.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy, the default")
+    generate.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest ids only")
+    generate.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn")
+    generate.add_argument("--slots", type=int, metavar="K", help="another K than the model was trained with")
+    generate.add_argument("--settle", type=float, metavar="COSINE", help="end a segment early at states this alike")
+    generate.add_argument("--force-latent", action="store_true", help="begin with a latent segment")
+    generate.add_argument("--no-latents", action="store_true", help="decode as the model without latent segments")
+    generate.add_argument("--show-latents", action="store_true", help="a line about each latent segment in its place")
+    generate.add_argument("--device", choices=["cpu", "cuda"], help="the GPU, if there is one")
+
+    serve = verb("serve", _serve, "answer over HTTP as OpenAI's API does", in_project=False)
+    serve.add_argument("--model", required=True, metavar="PATH_OR_STAGE", help="a model folder, or the stage of one")
+    serve.add_argument("--host", default="127.0.0.1", help="address; one beyond loopback lets others in")
+    serve.add_argument("--port", type=int, default=8000, help="0 takes any free one")
+    serve.add_argument("--batch", type=int, default=8, metavar="N", help="most requests decoded together")
+    serve.add_argument("--wait-ms", type=int, default=10, metavar="MS", help="how long a request waits for neighbours")
+    serve.add_argument("--queue", type=int, default=64, metavar="N", help="requests that wait; more are told to retry")
+    serve.add_argument("--max-tokens", type=int, default=1024, metavar="N", help="most tokens of an answer")
+    serve.add_argument("--max-images", type=int, default=8, metavar="N", help="most images of a request")
+    serve.add_argument("--max-body-mb", type=int, default=32, metavar="MIB", help="largest request")
+    serve.add_argument("--device", choices=["cpu", "cuda"], help="the GPU, if there is one")
+    serve.add_argument("--no-latents", action="store_true", help="decode as the model without latent segments")
+    serve.add_argument("--settle", type=float, metavar="COSINE", help="end a segment early at states this alike")
+
     verb("doctor", _doctor, "check this machine and say how to mend what is wrong")
     verb("env", _env, 'print the environment for other shells: eval "$(valr env)"')
     return parser
@@ -234,6 +263,50 @@ def _ui(options: argparse.Namespace) -> int:
 
     workspace.serve_pages(project_root(), options.dagster_port, options.mlflow_port)
     return 0
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from valr_ops.model.answering import Sampling
+    from valr_ops.serving import answer
+
+    asked = answer.Options(
+        model=options.model,
+        images=options.image,
+        question=options.question,
+        max_new_tokens=options.max_new_tokens,
+        sampling=Sampling(options.temperature, options.top_p, options.seed),
+        slots=options.slots,
+        force_latent=options.force_latent,
+        latents=not options.no_latents,
+        settle=options.settle,
+        show_latents=options.show_latents,
+        device=options.device,
+    )
+    _last_line(**answer.answer(asked, sys.stdout))
+    return 0
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from valr_ops.serving import server
+
+    outcome = server.serve(
+        server.Options(
+            model=options.model,
+            host=options.host,
+            port=options.port,
+            batch=options.batch,
+            wait_ms=options.wait_ms,
+            queue=options.queue,
+            max_tokens=options.max_tokens,
+            max_images=options.max_images,
+            max_body_mb=options.max_body_mb,
+            device=options.device,
+            latents=not options.no_latents,
+            settle=options.settle,
+        )
+    )
+    _last_line(answered=outcome.answered, failed=outcome.failed, seconds=round(outcome.seconds, 1))
+    return EXIT_INTERRUPTED if outcome.interrupted else 0
 
 
 def _doctor(options: argparse.Namespace) -> int:
