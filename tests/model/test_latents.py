@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,9 @@ from torch import Tensor
 
 from tests import tiny
 from valr_ops.data.batching import IGNORED, Batch, collate
+from valr_ops.model import latents, packing
 from valr_ops.model.blocks import attend
+from valr_ops.model.deferred import DeferredError
 from valr_ops.model.latents import LatentOutput, check_packing, forward, roll_out
 from valr_ops.model.layout import SlotLayoutError
 from valr_ops.model.packing import Pack, PackingError
@@ -164,6 +167,56 @@ def test_float32_agrees_with_float64(model: Any) -> None:
     batch = make_batch()
     found = forward(tiny.model(seed=1), batch).loss_sum
     assert found.item() == pytest.approx(forward(model, batch).loss_sum.item(), rel=1e-5)
+
+
+def test_a_leak_between_later_records_is_found_as_well(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = packing.pack
+
+    def one_boundary_forgotten(attention_mask: Tensor) -> Pack:
+        packed = exact(attention_mask)
+        first, second, third, *rest = packed.lengths
+        return replace(packed, lengths=[first, second + third, *rest])
+
+    monkeypatch.setattr(latents, "pack", one_boundary_forgotten)
+    with pytest.raises(PackingError):
+        check_packing(model, make_batch())
+
+
+def test_states_that_are_not_finite_reach_the_loss_instead_of_breaking_a_figure() -> None:
+    broken = tiny.model(seed=1)
+    with torch.no_grad():
+        broken.model.language_model.layers[0].mlp.down_proj.weight[0, 0] = float("nan")
+    output = forward(broken, make_batch(), method="two_pass")
+    loss, figures = output.feedback(output.loss_sum)
+    assert loss.isnan() and figures.hops == 1
+    assert math.isnan(output.effective_rank)
+
+
+def test_the_effective_rank_is_that_of_float32_under_autocast() -> None:
+    single, batch = tiny.model(seed=1), make_batch()
+    (rollout,) = latents.roll_out(single, [batch])
+    wanted = forward(single, batch, method="two_pass", rollout=rollout).effective_rank
+    with torch.autocast("cpu", torch.bfloat16):
+        assert forward(single, batch, method="two_pass", rollout=rollout).effective_rank == pytest.approx(wanted)
+
+
+def test_dropout_in_attention_and_adapters_in_single_slots_are_refused(model: Any) -> None:
+    trained, batch = tiny.model(seed=1).train(), make_batch()
+    config = trained.model.language_model.config
+    config.attention_dropout = 0.1
+    with pytest.raises(RecipeError, match=r"attention_dropout=0\.1"):
+        forward(trained, batch)
+    config.attention_dropout = 0.0
+
+    class Adapted(torch.nn.Linear):
+        pass
+
+    layer = trained.model.language_model.layers[1]
+    adapted = Adapted(32, 48, bias=False)
+    layer.mlp.up_proj = adapted
+    with pytest.raises(DeferredError, match=r"Adapted.*set latents\.method to two_pass"):
+        forward(trained, batch, method="sequential")
+    assert forward(trained, batch, method="two_pass").loss_sum.isfinite()
 
 
 @pytest.mark.parametrize("method", ["sequential", "two_pass"])

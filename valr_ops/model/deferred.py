@@ -8,21 +8,33 @@ Always: the weight gets one gradient from all applications, so there is one accu
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+class DeferredError(TypeError):
+    """A layer whose weight gradient can't be deferred."""
+
+
 class DeferredLinears:
     """Several `nn.Linear` that share their input, e.g. those of query, key and value."""
 
     def __init__(self, *layers: nn.Module) -> None:
-        """Applications are counted from now on; the weights must not change before backward."""
-        plain = [layer for layer in layers if isinstance(layer, nn.Linear)]
-        assert len(plain) == len(layers), "only plain linear layers can be deferred"
-        self._pairs = _Pairs(plain)
+        """The weights must not change before backward.
+
+        Raises:
+            DeferredError: a layer is something else, an adapter for example, whose own forward would be passed by.
+        """
+        for layer in layers:
+            if type(layer) is not nn.Linear:
+                raise DeferredError(
+                    f"slots can't be computed one by one with a {type(layer).__name__} in place of a linear layer; "
+                    "set latents.method to two_pass, which calls the layers as they are"
+                )
+        self._pairs = _Pairs(cast(list[nn.Linear], list(layers)))
         self._token: Tensor | None = None
 
     def __call__(self, inputs: Tensor) -> tuple[Tensor, ...]:
@@ -88,7 +100,8 @@ class _Apply(torch.autograd.Function):
     @torch.amp.custom_bwd(device_type="cuda")
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (inputs,) = ctx.saved_tensors
-        ctx.pairs.keep(inputs, gradients)
+        if ctx.needs_input_grad[2]:
+            ctx.pairs.keep(inputs, gradients)
         of_inputs = sum(given @ layer.weight for given, layer in zip(gradients, ctx.pairs.layers, strict=True))
         assert isinstance(of_inputs, Tensor)
         return None, of_inputs, None

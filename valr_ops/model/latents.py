@@ -124,7 +124,7 @@ class _Edge:
             multiplier = found
             wide = torch.promote_types(found.dtype, torch.float32)
             term = (self.returned.to(wide) * multiplier.to(wide)).sum()
-            if residual <= precision:
+            if not residual > precision:
                 break
         # The term has a gradient, but its value is no part of the loss.
         return loss + (term - term.detach()), Feedback(hop, residual)
@@ -192,7 +192,7 @@ def forward(
         norm_ratio=_norm_ratio(slot_inputs, embeddings.detach()[:, 1:][supervised]),
         effective_rank=_effective_rank(slot_inputs),
         drift=0.0 if fed is None else float((returned.detach() - slot_inputs).abs().max()),
-        _edge=None if fed is None else _Edge(fed, returned, _hops(feedback, batch, slots)),
+        _edge=_Edge(fed, returned, _hops(feedback, batch, slots)) if fed is not None and fed.requires_grad else None,
     )
 
 
@@ -207,14 +207,22 @@ def _check_recipe(model: Qwen2_5_VLForConditionalGeneration, method: str, feedba
         )
     if block is not None:
         check_block(model.config, block)
-    if model.model.language_model.has_sliding_layers:
+    decoder = model.model.language_model
+    if decoder.has_sliding_layers:
         raise RecipeError("the base model uses sliding-window attention; set use_sliding_window to false in its config")
+    if decoder.training and decoder.config.attention_dropout:
+        raise RecipeError(
+            f"the base model has attention_dropout={decoder.config.attention_dropout}, with which a slot is fed "
+            "another state than the training pass computes; set it to 0 in its config"
+        )
 
 
 def _hops(feedback: str, batch: Batch, slots: Tensor) -> int:
-    """Hops that `feedback` asks for; the longest chain of a record has as many as the record has slots."""
+    """Hops that `feedback` asks for, at most as many as the longest chain of a record has: all its slots."""
     most = int(batch.segment_rows.bincount().max()) * slots.shape[1]
-    return {"full": most, "cut": 0}[feedback] if ":" not in feedback else min(int(feedback.split(":")[1]), most)
+    if feedback == "full":
+        return most
+    return 0 if feedback == "cut" else min(int(feedback.removeprefix("hops:")), most)
 
 
 def _norm_ratio(slot_inputs: Tensor, embeddings: Tensor) -> float:
@@ -227,9 +235,12 @@ def _effective_rank(slot_inputs: Tensor) -> float:
     """exp of the entropy of the normalised singular values, averaged over segments (Roy and Vetterli, 2007)."""
     if not slot_inputs.numel():
         return 0.0
-    latents = slot_inputs.float()
-    # Singular values by way of the K x K products: K is small, the hidden size is not.
-    sizes = torch.linalg.eigvalsh(latents @ latents.transpose(1, 2)).clamp(min=0).sqrt()
+    if not slot_inputs.isfinite().all():
+        return float("nan")
+    with torch.autocast(slot_inputs.device.type, enabled=False):
+        latents = slot_inputs.float()
+        # Singular values by way of the K x K products: K is small, the hidden size is not.
+        sizes = torch.linalg.eigvalsh(latents @ latents.transpose(1, 2)).clamp(min=0).sqrt()
     shares = sizes / sizes.sum(1, keepdim=True).clamp(min=torch.finfo(sizes.dtype).tiny)
     return float(torch.special.entr(shares).sum(1).exp().mean())
 
@@ -389,7 +400,7 @@ def check_packing(model: Qwen2_5_VLForConditionalGeneration, batch: Batch) -> No
     decoder = model.model.language_model
     embeddings, positions = input_embeddings(model, batch).detach(), rope_positions(model, batch)
     seen = leak(lambda inputs: _parallel(decoder, inputs, positions, batch, None).last, packed, embeddings)
-    if seen:
+    if seen != 0.0:
         raise PackingError(
             f"records {', '.join(batch.record_ids)}: packed into one row, one of them changes another's states by "
             f"{seen:.3g}; attention does not keep them apart on {embeddings.device}, set micro_batch to 1 and report it"
@@ -445,6 +456,7 @@ class _Walk:
         """Append a run, [rows, width, hidden]; returns the last block's outputs."""
         width, columns = inputs.shape[1], self.visible.shape[1]
         own = self.visible[:, self.length : self.length + width]
+        # In the first run gaps stand on the right only, where causality hides them.
         mask = causal_mask(self.visible[:, : self.length], own) if self.length else None
         hidden, turn = inputs, self._turn(width)
         for index, block in enumerate(self.blocks):
@@ -500,11 +512,13 @@ class _WalkedBlock:
         query, key, value = (heads(layer, one) for one in projected)
         query, key = turned(torch.cat([query, key], dim=1), turn).split([query.shape[1], key.shape[1]], dim=1)
         attended = self.tape.attend(query, key, value, bias, layer.self_attn.scaling)
-        return self._checkpointed(self._finish, hidden + self._output(attended)[0])
+        hidden = hidden + self._output(attended)[0]
+        return self._checkpointed(_slot_mlp, layer, self._gate_up, self._down, hidden)
 
-    def _finish(self, hidden: Tensor) -> Tensor:
-        gate, up = self._gate_up(self.layer.post_attention_layernorm(hidden))
-        return hidden + self._down(self.layer.mlp.act_fn(gate) * up)[0]
+
+def _slot_mlp(layer: Qwen2_5_VLDecoderLayer, gate_up: DeferredLinears, down: DeferredLinears, hidden: Tensor) -> Tensor:
+    gate, up = gate_up(layer.post_attention_layernorm(hidden))
+    return hidden + down(layer.mlp.act_fn(gate) * up)[0]
 
 
 def _run_block(

@@ -36,7 +36,8 @@ def slot_columns(batch: Batch) -> Tensor:
     if not torch.equal(first, given) or bool((lengths != per_segment).any()) or bool((given[:, 1] < 1).any()):
         raise SlotLayoutError(
             f"slot_mask has runs of {lengths.tolist()} slots at (row, column) {first.tolist()}, segments begin at "
-            f"{given.tolist()}: they must be the same, of one length, each behind a token; build the batch with collate"
+            f"{given.tolist()}: they must be the same, of one length, each behind a token, in right-padded rows; "
+            "build the batch with collate"
         )
     return batch.segment_starts[:, None] + torch.arange(per_segment, device=mask.device)
 
@@ -89,6 +90,7 @@ def align(batches: Sequence[Batch], slots: int) -> Aligned:
             if opening:
                 columns += range(end, end + slots) if row in opening else [-1] * slots
                 done[row] += slots if row in opening else 0
+        # The last slot of the segment before is known by then; it begins this run instead of taking a step of its own.
         begin -= 1 if segment else 0
         source = [opening[row] - 1 - aligned[row][begin] if row in opening else 0 for row in range(len(aligned))]
         bounds.append((begin, len(aligned[0]) - (slots if opening else 0), source if opening else None))

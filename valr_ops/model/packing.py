@@ -45,8 +45,11 @@ class Pack:
     def attend(self, layer: Qwen2_5_VLDecoderLayer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Causal attention inside each record, [1, T, heads * head width], of [1, heads, T, head width] each."""
         attention = layer.self_attn
-        if query.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16):
-            return _attend_fused(query, key, value, self.lengths, attention.scaling)
+        if query.device.type == "cuda":
+            precision = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
+            if precision in (torch.bfloat16, torch.float16):
+                query, key, value = (tensor.to(precision) for tensor in (query, key, value))
+                return _attend_fused(query, key, value, self.lengths, attention.scaling)
         groups = attention.num_key_value_groups
         parts = [
             F.scaled_dot_product_attention(*part, None, 0.0, True, scale=attention.scaling)
@@ -83,7 +86,7 @@ def _attend_fused(query: Tensor, key: Tensor, value: Tensor, lengths: list[int],
 
 
 def leak(states: Callable[[Tensor], Tensor], packed: Pack, inputs: Tensor) -> float:
-    """How much the other records of a packed row see of its first one; exactly 0 where they are kept apart.
+    """How much neighbouring records of a packed row see of each other; exactly 0 where they are kept apart.
 
     Args:
         states: the forward to be checked, from input embeddings [batch, length, hidden] to packed states [T, hidden].
@@ -91,15 +94,20 @@ def leak(states: Callable[[Tensor], Tensor], packed: Pack, inputs: Tensor) -> fl
         inputs: [batch, length, hidden], the input embeddings.
 
     Returns:
-        The largest change of another record's state when the first record's inputs are turned around, or the largest
-        gradient of the others' states with respect to these inputs, whichever is larger.
+        The largest change of a state when the inputs of every second other record are turned around, or the largest
+        gradient of it with respect to these inputs, whichever is larger; NaN if a state is.
     """
-    first = int(packed.rows[0])
-    given = inputs.detach().requires_grad_()
-    before = states(given)[packed.rows != first]
-    (gradient,) = torch.autograd.grad(before.square().sum(), given)
-    changed = inputs.detach().clone()
-    changed[first] = -changed[first]
-    with torch.no_grad():
-        change = (states(changed)[packed.rows != first] - before).abs().max()
-    return max(float(change), float(gradient[first].abs().max()))
+    places = packed.rows.unique(return_inverse=True)[1]
+    found = []
+    for turned in (0, 1):
+        changed_rows = packed.rows[places % 2 == turned].unique()
+        others = places % 2 != turned
+        given = inputs.detach().requires_grad_()
+        before = states(given)[others]
+        (gradient,) = torch.autograd.grad(before.square().sum(), given)
+        changed = inputs.detach().clone()
+        changed[changed_rows] = -changed[changed_rows]
+        with torch.no_grad():
+            found.append((states(changed)[others] - before).abs().max())
+        found.append(gradient[changed_rows].abs().max())
+    return float(torch.stack(found).max())
