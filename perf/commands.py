@@ -63,7 +63,7 @@ def main_job() -> Iterator[Row]:
 
 def tests() -> Iterator[Row]:
     """The default test suite."""
-    yield row("tests_seconds", [_seconds(["make", "test"])], "s", 360.0, "make test, set up already; one run")
+    yield row("tests_seconds", [_seconds(["make", "test"])], "s", 600.0, "make test, set up already; one run")
 
 
 def setup() -> Iterator[Row]:

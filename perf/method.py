@@ -78,11 +78,11 @@ def steps() -> Iterator[Row]:
     for name, goal in goals.items():
         what = f"stage-2 step, {name}, over a stage-1 step on the same tokens"
         yield row(f"step_{name}", over(seconds[name], seconds["stage1"]), "ratio", goal, what)
-    one = window[:1]
+    one = make_window(1, 1, SEGMENTS)
     seconds = in_turn(
         {"stage1": lambda: stage1(model, one), "reference": lambda: stage2(model, one, "reference", "full")}, 1
     )
-    what = "the same of the growing prefix, one micro-batch, for comparison"
+    what = "the same for the growing prefix and a single record, for comparison"
     yield row("step_reference", over(seconds["reference"], seconds["stage1"]), "ratio", None, what)
 
 

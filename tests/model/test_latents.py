@@ -158,7 +158,7 @@ def test_packed_records_do_not_see_each_other_and_a_leak_is_refused(
     def attend_to_everyone(self: Pack, layer: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return attend(layer, query, key, value)
 
-    monkeypatch.setattr(Pack, "attend", attend_to_everyone)
+    monkeypatch.setattr(Pack, "attend_heads", attend_to_everyone)
     with pytest.raises(PackingError, match="tiny/three, tiny/one, tiny/two, tiny/none"):
         check_packing(model, batch)
 
@@ -172,14 +172,14 @@ def test_float32_agrees_with_float64(model: Any) -> None:
 def test_a_leak_between_later_records_is_found_as_well(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     exact = packing.pack
 
-    def one_boundary_forgotten(attention_mask: Tensor) -> Pack:
-        packed = exact(attention_mask)
-        first, second, third, *rest = packed.lengths
-        return replace(packed, lengths=[first, second + third, *rest])
+    def one_boundary_forgotten(attention_mask: Tensor, slot_mask: Tensor) -> Pack:
+        packed = exact(attention_mask, slot_mask)
+        first, second, third, *rest = packed.heads
+        return replace(packed, heads=[first, second + third, *rest], tails=[0] * (len(rest) + 2))
 
     monkeypatch.setattr(latents, "pack", one_boundary_forgotten)
     with pytest.raises(PackingError):
-        check_packing(model, make_batch())
+        check_packing(model, make_batch(latents=None))
 
 
 def test_states_that_are_not_finite_reach_the_loss_instead_of_breaking_a_figure() -> None:

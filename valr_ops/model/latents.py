@@ -171,11 +171,9 @@ def forward(
     elif method == "sequential" and len(slots):
         seen = _sequential(decoder, embeddings, positions, batch, slots, feedback == "cut", block)
     else:
-        inputs = embeddings
         if rollout is not None and len(slots):
             fed = rollout.slot_inputs.detach().to(embeddings.dtype).requires_grad_(torch.is_grad_enabled())
-            inputs = embeddings.index_put((rows, slots), fed)
-        seen = _parallel(decoder, inputs, positions, batch, block)
+        seen = _parallel(decoder, embeddings, positions, batch, slots, fed, block)
 
     supervised = batch.labels[:, 1:] != IGNORED
     labels = batch.labels[:, 1:][supervised]
@@ -373,33 +371,64 @@ def _reference(
 
 
 def _parallel(
-    decoder: Qwen2_5_VLTextModel, inputs: Tensor, positions: Tensor, batch: Batch, block: int | None
+    decoder: Qwen2_5_VLTextModel,
+    embeddings: Tensor,
+    positions: Tensor,
+    batch: Batch,
+    slots: Tensor,
+    fed: Tensor | None,
+    block: int | None,
 ) -> _Seen:
-    """All positions at once, packed: for batches without slots, and for the second pass."""
-    packed = pack(batch.attention_mask)
-    hidden = packed.gather(inputs)
-    turn = decoder.rotary_emb(hidden, positions[:, packed.rows, packed.columns][:, None])
+    """All positions at once, packed: for batches without slots, and for the second pass, which is `fed`."""
+    packed = pack(batch.attention_mask, batch.slot_mask)
+    head, tail = packed.gather(embeddings)
+    if fed is not None:
+        # Only into the tails: what the heads compute is no function of it, so no hop goes there.
+        tail = tail.index_put(
+            (slots.new_zeros(()), packed.places[batch.segment_rows[:, None], slots] - head.shape[1]), fed
+        )
+    turns = zip(*(packed.gather(part) for part in decoder.rotary_emb(embeddings, positions)), strict=True)
+    head_turn, tail_turn = turns
     outputs = None
     for index, layer in enumerate(_layers(decoder)):
-        hidden = _checkpointed(decoder, _packed_block, layer, hidden, turn, packed)
+        head, key, value = _checkpointed(decoder, _head_block, layer, head, head_turn, packed)
+        if tail.numel():
+            tail = _checkpointed(decoder, _tail_block, layer, tail, tail_turn, key, value, packed)
         if index == block:
-            outputs = hidden[0]
-    return _Seen(hidden[0], decoder.norm, outputs, packed.places)
+            outputs = torch.cat([head, tail], dim=1)[0]
+    return _Seen(torch.cat([head, tail], dim=1)[0], decoder.norm, outputs, packed.places)
 
 
-def _packed_block(layer: Qwen2_5_VLDecoderLayer, hidden: Tensor, turn: Turn, packed: Pack) -> Tensor:
+def _head_block(
+    layer: Qwen2_5_VLDecoderLayer, hidden: Tensor, turn: Turn, packed: Pack
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One block on the heads: its output, and the heads' keys and values."""
     normed = layer.input_layernorm(hidden)
-    return finish(layer, hidden, packed.attend(layer, query(layer, normed, turn), *key_value(layer, normed, turn)))
+    asked, (key, value) = query(layer, normed, turn), key_value(layer, normed, turn)
+    return finish(layer, hidden, packed.attend_heads(layer, asked, key, value)), key, value
+
+
+def _tail_block(
+    layer: Qwen2_5_VLDecoderLayer, hidden: Tensor, turn: Turn, key: Tensor, value: Tensor, packed: Pack
+) -> Tensor:
+    """One block on the tails, with the keys and values of the heads."""
+    normed = layer.input_layernorm(hidden)
+    asked, own = query(layer, normed, turn), key_value(layer, normed, turn)
+    keys, values = (torch.cat(both, dim=2) for both in zip((key, value), own, strict=True))
+    return finish(layer, hidden, packed.attend_tails(layer, asked, keys, values))
 
 
 def check_packing(model: Qwen2_5_VLForConditionalGeneration, batch: Batch) -> None:
     """Raise `PackingError` if a record of a packed batch sees another one; a batch of one record passes."""
-    packed = pack(batch.attention_mask)
-    if len(packed.lengths) < 2:
+    packed = pack(batch.attention_mask, batch.slot_mask)
+    if len(packed.heads) < 2:
         return
     decoder = model.model.language_model
     embeddings, positions = input_embeddings(model, batch).detach(), rope_positions(model, batch)
-    seen = leak(lambda inputs: _parallel(decoder, inputs, positions, batch, None).last, packed, embeddings)
+    no_slots = slot_columns(batch)[:0]
+    seen = leak(
+        lambda inputs: _parallel(decoder, inputs, positions, batch, no_slots, None, None).last, packed, embeddings
+    )
     if seen != 0.0:
         raise PackingError(
             f"records {', '.join(batch.record_ids)}: packed into one row, one of them changes another's states by "

@@ -1,7 +1,9 @@
 """Records of a batch one behind the other in a single row, without padding, each attending to itself only.
 
-In: a padded batch's mask. Out: a `Pack` that gathers [batch, length, ...] tensors into [1, T, ...] and finds positions
-again, and attention over such a row. Padding then costs nothing, however unequal the records are.
+In: a padded batch's mask, and where each record's first slot stands. Out: a `Pack` that gathers [batch, length, ...]
+tensors into [1, T, ...] and finds positions again, and attention over such a row. Padding then costs nothing, however
+unequal the records are. The row has all heads first, then all tails: a record's head is what stands before its first
+slot. Nothing there depends on a slot, so the gradient through the feedback need not go there.
 Always: a record's states and gradients don't depend on its neighbours; `leak` measures that on a real batch.
 """
 
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -33,53 +36,109 @@ class Pack:
     """[T] int64, row in the batch."""
     columns: Tensor
     """[T] int64, column in the batch."""
-    lengths: list[int]
-    """Positions of each record."""
+    heads: list[int]
+    """Positions of each record's head."""
+    tails: list[int]
+    """Positions of each record's tail; 0 for a record without slots."""
     places: Tensor
     """[batch, length] int64: the inverse; 0 at padding."""
 
-    def gather(self, padded: Tensor) -> Tensor:
-        """[1, T, ...] of [batch, length, ...]."""
-        return padded[self.rows, self.columns][None]
+    def gather(self, padded: Tensor) -> tuple[Tensor, Tensor]:
+        """The heads [1, H, ...] and the tails [1, T - H, ...] of [batch, length, ...]."""
+        head, tail = padded[self.rows, self.columns][None].split([sum(self.heads), sum(self.tails)], dim=1)
+        return head, tail
 
-    def attend(self, layer: Qwen2_5_VLDecoderLayer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Causal attention inside each record, [1, T, heads * head width], of [1, heads, T, head width] each."""
-        attention = layer.self_attn
-        if query.device.type == "cuda":
-            precision = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
-            if precision in (torch.bfloat16, torch.float16):
-                query, key, value = (tensor.to(precision) for tensor in (query, key, value))
-                return _attend_fused(query, key, value, self.lengths, attention.scaling)
-        groups = attention.num_key_value_groups
-        parts = [
-            F.scaled_dot_product_attention(*part, None, 0.0, True, scale=attention.scaling)
-            for part in zip(
-                query.split(self.lengths, dim=2),
-                key.repeat_interleave(groups, dim=1).split(self.lengths, dim=2),
-                value.repeat_interleave(groups, dim=1).split(self.lengths, dim=2),
-                strict=True,
-            )
+    def attend_heads(self, layer: Qwen2_5_VLDecoderLayer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Causal attention inside each head, [1, H, heads * head width], of [1, heads, H, head width] each."""
+        scale = layer.self_attn.scaling
+        if (precision := _fused_precision(query)) is not None:
+            return _attend_fused(query, key, value, self.heads, self.heads, precision, scale)
+        query, key, value = _equal_heads(layer, query, key, value)
+        parts = zip(query.split(self.heads, 2), key.split(self.heads, 2), value.split(self.heads, 2), strict=True)
+        attended = [F.scaled_dot_product_attention(*part, is_causal=True, scale=scale) for part in parts]
+        return torch.cat(attended, dim=2).transpose(1, 2).flatten(2)
+
+    def attend_tails(self, layer: Qwen2_5_VLDecoderLayer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Causal attention of each tail to its record, [1, T - H, heads * head width].
+
+        Args:
+            query: [1, heads, T - H, head width].
+            key, value: [1, key/value heads, T, head width].
+        """
+        scale, tails = layer.self_attn.scaling, [tail for tail in self.tails if tail]
+        key, value = key[:, :, self._by_record], value[:, :, self._by_record]
+        lengths = [head + tail for head, tail in zip(self.heads, self.tails, strict=True) if tail]
+        if (precision := _fused_precision(query)) is not None:
+            return _attend_fused(query, key, value, tails, lengths, precision, scale)
+        query, key, value = _equal_heads(layer, query, key, value)
+        parts = zip(query.split(tails, 2), key.split(lengths, 2), value.split(lengths, 2), self._masks, strict=True)
+        attended = [F.scaled_dot_product_attention(*part, scale=scale) for part in parts]
+        return torch.cat(attended, dim=2).transpose(1, 2).flatten(2)
+
+    @cached_property
+    def _by_record(self) -> Tensor:
+        """Positions of the packed row, record by record, of the records with a tail."""
+        heads = torch.arange(sum(self.heads)).split(self.heads)
+        tails = torch.arange(sum(self.heads), len(self.rows)).split(self.tails)
+        whole = [torch.cat(both) for both in zip(heads, tails, strict=True) if len(both[1])]
+        return torch.cat(whole).to(self.rows.device)
+
+    @cached_property
+    def _masks(self) -> list[Tensor]:
+        """[tail, head + tail] bool a record with a tail: what its positions see."""
+        return [
+            torch.ones(tail, head + tail, dtype=torch.bool, device=self.rows.device).tril(head)
+            for head, tail in zip(self.heads, self.tails, strict=True)
+            if tail
         ]
-        return torch.cat(parts, dim=2).transpose(1, 2).flatten(2)
 
 
-def pack(attention_mask: Tensor) -> Pack:
-    """The packing of a padded batch, `attention_mask` [batch, length]; rows without any position are left out."""
-    rows, columns = attention_mask.nonzero(as_tuple=True)
+def pack(attention_mask: Tensor, slot_mask: Tensor) -> Pack:
+    """The packing of a padded batch, both masks [batch, length]; rows without any position are left out."""
+    there = attention_mask.bool()
+    in_tail = there & (slot_mask.cumsum(1) > 0)
+    (head_rows, head_columns), (tail_rows, tail_columns) = ((there & ~in_tail).nonzero().T, in_tail.nonzero().T)
+    rows, columns = torch.cat([head_rows, tail_rows]), torch.cat([head_columns, tail_columns])
     places = torch.zeros_like(attention_mask, dtype=torch.int64)
     places[rows, columns] = torch.arange(len(rows), device=rows.device)
-    return Pack(rows, columns, [length for length in attention_mask.sum(1).tolist() if length], places)
+    lengths, tails = there.sum(1).tolist(), in_tail.sum(1).tolist()
+    sizes = [(length - tail, tail) for length, tail in zip(lengths, tails, strict=True) if length]
+    return Pack(rows, columns, [head for head, _ in sizes], [tail for _, tail in sizes], places)
 
 
-def _attend_fused(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scale: float) -> Tensor:
-    """The same by FlashAttention over rows of unequal length."""
+def _equal_heads(layer: Qwen2_5_VLDecoderLayer, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+    groups = layer.self_attn.num_key_value_groups
+    return query, key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+
+
+def _fused_precision(query: Tensor) -> torch.dtype | None:
+    """What FlashAttention over rows of unequal length would compute in; None where there is none."""
+    if query.device.type != "cuda":
+        return None
+    precision = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
+    return precision if precision in (torch.bfloat16, torch.float16) else None
+
+
+def _attend_fused(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    asking: list[int],
+    seen: list[int],
+    precision: torch.dtype,
+    scale: float,
+) -> Tensor:
+    """Attention of the last `asking` positions of each record to its `seen` ones, [1, sum of asking, width]."""
     from torch.nn.attention.varlen import varlen_attn
 
-    ends = torch.tensor([0, *lengths], device=query.device).cumsum(0).to(torch.int32)
-    longest = max(lengths)
-    query, key, value = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
+    ends, all_ends = (
+        torch.tensor([0, *lengths], device=query.device).cumsum(0).to(torch.int32) for lengths in (asking, seen)
+    )
+    query, key, value = (one[0].transpose(0, 1).to(precision).contiguous() for one in (query, key, value))
+    # With a window of nothing to the right, the last query sees the last key: causal from the end.
+    window, longest = (-1, 0), (max(asking), max(seen))
     attended = varlen_attn(
-        query, key, value, ends, ends, longest, longest, window_size=(-1, 0), scale=scale, enable_gqa=True
+        query, key, value, ends, all_ends, *longest, window_size=window, scale=scale, enable_gqa=True
     )
     assert isinstance(attended, Tensor)
     return attended.flatten(1)[None]

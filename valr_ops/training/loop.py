@@ -221,6 +221,8 @@ def _build(context: StageContext, stage: Literal[1, 2], start: str) -> StageRepo
         "model_flops_utilisation counts forward and backward, causal attention by half, without roll-out, hops and "
         f"activations computed again; the peak is {peak_in_words}"
     )
+    if stage == 2:
+        progress.say(f"latents by {recipe.latents.method}, feedback gradient {recipe.latents.feedback_gradient}")
     clock = log.Clock(peak_flops)
     train(
         engine,
