@@ -143,7 +143,7 @@ def forward(
 
     Args:
         model: Qwen2.5-VL; its vision tower gets no gradient. Where its decoder has gradient checkpointing switched on,
-            runs of text and the second pass are checkpointed; single slots are not, they are cheap.
+            runs of text and the second pass are checkpointed, and of single slots the MLP; the rest is cheap.
         batch: right-padded rows with any number of segments, also none.
         method: "two_pass", "sequential", or "reference" for tests.
         feedback: "full" lets the gradient run through every fed-back state, "cut" through none of them, and "hops:H",
