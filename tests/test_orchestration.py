@@ -121,3 +121,8 @@ def _processes_in(root: Path) -> list[str]:
         except OSError:
             continue
     return found
+
+
+def test_the_recipe_that_is_made_along_the_way_is_not_counted_among_the_selected() -> None:
+    result = orchestration.Result(selected=("sources", "cot_corpus"), made=("recipe", "sources"), seconds=3.2)
+    assert result.line() == "1 of 2 stages made in 3 s, the rest was up to date"

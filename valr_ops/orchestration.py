@@ -38,7 +38,8 @@ class Result:
         """One sentence for people."""
         if not self.made:
             return f"{len(self.selected)} stages, all up to date: nothing to do ({self.seconds:.1f} s)"
-        return f"{len(self.made)} of {len(self.selected)} stages made in {self.seconds:.0f} s, the rest was up to date"
+        made = len(set(self.made) & set(self.selected))
+        return f"{made} of {len(self.selected)} stages made in {self.seconds:.0f} s, the rest was up to date"
 
 
 def select(selection: Sequence[str]) -> tuple[str, ...]:

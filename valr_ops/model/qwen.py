@@ -51,6 +51,7 @@ from transformers import (  # noqa: E402
 )
 from transformers.core_model_loading import revert_weight_conversion  # noqa: E402
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX  # noqa: E402
+from transformers.utils import logging  # noqa: E402
 
 Model = TypeVar("Model", bound=Qwen2_5_VLForConditionalGeneration)
 
@@ -617,12 +618,18 @@ def _load_processor(folder: Path) -> Qwen2_5_VLProcessor:
 
 
 def _load_weights(folder: Path, model_class: type[Model], precision: torch.dtype | str) -> Model:
+    shown = logging.is_progress_bar_enabled()
+    # Its bar says nothing about a local file, and stands in the way of ours.
+    logging.disable_progress_bar()
     try:
         loaded: Any = model_class.from_pretrained(
             folder, dtype=precision, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
     except (RuntimeError, ValueError, OSError) as error:
         raise ModelError(f"{folder}: the weights do not fit config.json ({error}); copy the checkpoint again") from None
+    finally:
+        if shown:
+            logging.enable_progress_bar()
     model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing or info["mismatched_keys"]:
