@@ -161,7 +161,7 @@ class CachedDecoder:
     ) -> Tensor:
         """The last block only for the wanted columns: nothing reads the others any more."""
         rows = torch.arange(len(at), device=at.device)
-        cosine, sine = (part.expand(len(at), -1, -1)[rows, at][:, None] for part in turn)
+        cosine, sine = (part[rows, at][:, None] for part in turn)
         wanted = self.length - hidden.shape[1] + at
         seen = self._visible[:, : self.length] & (torch.arange(self.length, device=at.device) <= wanted[:, None])
         bias = torch.zeros_like(seen, dtype=hidden.dtype).masked_fill(~seen, float("-inf"))[:, None, None]
