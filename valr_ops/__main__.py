@@ -19,7 +19,6 @@ from typing import Any
 
 EXIT_CONFIGURATION = 42
 EXIT_INTERRUPTED = 130
-EXIT_NOTHING_READ = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -88,7 +87,17 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--assumptions", action="store_true", help="only the choices on which the paper is silent")
 
     check = with_set(verb("check-data", _check_data, "validate your records and show the first ones", in_project=False))
-    check.add_argument("path", metavar="FOLDER_OR_JSONL")
+    check.add_argument("path", metavar="FOLDER_OR_JSONL", help="a local folder or file, or an s3://bucket/prefix")
+    check.add_argument(
+        "--format",
+        choices=("cogcom", "gcot", "jsonl", "monet", "onethinker", "refocus", "visual_cot", "zebra_cot"),
+        help="where the file names do not tell",
+    )
+    check.add_argument("--pictures", metavar="FOLDER", help="write the first records' images with their targets drawn")
+
+    trace = verb("trace", _trace, "show one record's whole journey, from its raw file to training tensors")
+    trace.add_argument("record", metavar="RECORD_ID")
+    trace.add_argument("--out", metavar="FOLDER", help="where its pictures go; .valr/trace/RECORD_ID without it")
 
     ui = verb("ui", _ui, "open the pages of Dagster and MLflow on this machine")
     ui.add_argument("--dagster-port", type=int, default=3000)
@@ -245,16 +254,34 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _check_data(options: argparse.Namespace) -> int:
-    from valr_ops.data import sources
+    from valr_ops.data import checking
     from valr_ops.recipe import recipes
     from valr_ops.store.artifacts import project_root
+    from valr_ops.store.objects import is_remote
 
+    recipe = recipes.load(project_root(), _overrides(options))
+    location = options.path if is_remote(options.path) else str(Path(options.path).expanduser().absolute())
+    pictures = Path(options.pictures).absolute() if options.pictures else None
+    # What is typed counts from here, what the recipe says from the project.
+    _enter_project()
     try:
-        return sources.check_and_show(Path(options.path), recipes.load(project_root(), _overrides(options)), _last_line)
-    except sources.SourceError as error:
+        return checking.check_and_show(location, options.path, recipe.data, _last_line, options.format, pictures)
+    except checking.SourceError as error:
         _complain(str(error), options)
         _last_line(path=options.path, read=0, kept=0, rejected={})
-        return EXIT_NOTHING_READ
+        return checking.EXIT_NOTHING_READ
+
+
+def _trace(options: argparse.Namespace) -> int:
+    from valr_ops import runner
+    from valr_ops.store.artifacts import project_root
+    from valr_ops.training import tracing
+
+    root = project_root()
+    tracing.require_corpus(root)
+    out = Path(options.out) if options.out else None
+    tracing.trace_and_show(options.record, root, runner.read_recipe(root), out, _last_line)
+    return 0
 
 
 def _ui(options: argparse.Namespace) -> int:
