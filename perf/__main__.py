@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
-from perf import commands, method
+from perf import commands, data, method
 from perf.rows import CHECKOUT, Row, table
 
 RESULTS = CHECKOUT / "perf" / "results.json"
@@ -25,6 +25,8 @@ BENCHMARKS: dict[str, Callable[[], Iterator[Row]]] = {
         commands.main_job,
         commands.setup,
         commands.tests,
+        data.corpus,
+        data.decoding,
         method.steps,
         method.hops,
         method.memory,

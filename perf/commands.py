@@ -45,7 +45,7 @@ def main_job() -> Iterator[Row]:
     for seed in SEEDS:
         with _project({"scale": "tiny", "seed": seed}) as root:
             words = [sys.executable, "-m", "valr_ops", "demo"]
-            with _peak_memory() as peak:
+            with peak_memory() as peak:
                 seconds.append(_seconds(words, root))
             gibibytes.append(peak[0] / 2**30)
             again.append(_seconds(words, root))
@@ -92,7 +92,7 @@ def _project(recipe: dict[str, Any]) -> Iterator[Path]:
 
 
 @contextmanager
-def _peak_memory(poll_seconds: float = 0.5) -> Iterator[list[int]]:
+def peak_memory(poll_seconds: float = 0.5) -> Iterator[list[int]]:
     """The largest sum over this process's descendants of their proportional set sizes, in bytes, in a list of one."""
     peak, stopped = [0], threading.Event()
 
