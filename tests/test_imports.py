@@ -16,6 +16,7 @@ ORDER = ("recipe", "store", "data", "teachers", "model", "training", "evaluation
 """Folders of valr_ops in the order in which a record travels."""
 OWNERS = {
     "mlflow": ("valr_ops/store/lineage.py",),
+    "av": ("valr_ops/data/videos.py",),
     "boto3": ("valr_ops/store/objects.py",),
     "great_expectations": ("valr_ops/data/expectations.py",),
     "deepspeed": ("valr_ops/training/engine.py",),

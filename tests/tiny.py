@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,12 +19,11 @@ from valr_ops.data.rewriting import (
     LATENT_END,
     LATENT_PAD,
     ControlTokens,
-    Segment,
-    Sequence,
     image_grid,
     prompt_messages,
     response_pieces,
 )
+from valr_ops.data.sequences import Segment, Sequence
 from valr_ops.model.qwen import make_processor, tiny_model, train_tokenizer
 from valr_ops.recipe.recipe import Recipe, override, read
 from valr_ops.torchvision_guard import ensure_torchvision
@@ -154,6 +155,20 @@ def sequences() -> list[Sequence]:
         sequence("two", ("a", "b"), (("a", None), ("b", None))),
         sequence("none", ("b",), ()),
     ]
+
+
+def digest(name: str) -> str:
+    """The digest under which an image of `images` is stored on disk, where digests are hexadecimal."""
+    return hashlib.sha256(name.encode()).hexdigest()
+
+
+def stored(sequence: Sequence) -> Sequence:
+    """The same sequence about images that are stored on disk."""
+    segments = (
+        replace(segment, digest=None if segment.digest is None else digest(segment.digest))
+        for segment in sequence.segments
+    )
+    return replace(sequence, segments=tuple(segments), image_digests=tuple(map(digest, sequence.image_digests)))
 
 
 def control() -> ControlTokens:

@@ -160,6 +160,8 @@ def _make(
         out=staged,
         work=work,
         progress=progress,
+        cache=_state(root, "cache") / row.name,
+        previous=published if (published := folder(root, row.name)).is_dir() else None,
     )
     report: StageReport = row.load()(context)
     _audit(root, row, staged, report, progress)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import av
+import numpy as np
 import PIL.Image
 
 from valr_ops.recipe.recipe import Recipe, read
@@ -49,6 +51,28 @@ def png(width: int = 40, height: int = 30, colour: Any = (200, 30, 30), mode: st
     """A plain picture."""
     file = io.BytesIO()
     PIL.Image.new(mode, (width, height), colour).save(file, format="PNG")
+    return file.getvalue()
+
+
+def video(
+    levels: Sequence[int],
+    width: int = 64,
+    height: int = 48,
+    codec: str = "libx264",
+    container: str = "mp4",
+    frames_per_second: int = 10,
+    degrees: int = 0,
+) -> bytes:
+    """A video whose frames are plain grey of these levels; players turn it counter-clockwise by `degrees`."""
+    file = io.BytesIO()
+    with av.open(file, "w", format=container) as output:
+        stream: Any = output.add_stream(codec, rate=frames_per_second)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        if degrees:
+            stream.set_display_rotation(degrees)
+        frames = [np.full((height, width, 3), level, np.uint8) for level in levels]
+        for frame in (*(av.VideoFrame.from_ndarray(pixels, "rgb24") for pixels in frames), None):
+            output.mux(stream.encode(frame))
     return file.getvalue()
 
 

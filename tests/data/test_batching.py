@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests import tiny
-from valr_ops.data.batching import IGNORED, Batch, BatchingError, Collator, collate, order
-from valr_ops.data.corpus import ImageSpool, ImageStore
+from valr_ops.data.batching import IGNORED, Batch, BatchingError, Collator, collate
+from valr_ops.data.corpus import ImageStore, write_images
 from valr_ops.data.records import Image
 from valr_ops.recipe.recipe import LatentRecipe
 
@@ -110,9 +110,7 @@ def test_an_image_with_another_grid_than_its_sequence_was_written_for_is_refused
 
 
 def image_store(folder: Path, encoded: dict[str, bytes]) -> ImageStore:
-    spool = ImageSpool(folder / "spool")
-    spool.add(Image(data, digest, 64, 64, "input") for digest, data in encoded.items())
-    spool.write_parquet(folder / "images.parquet")
+    write_images(folder, [Image(data, tiny.digest(name), 64, 64, "input") for name, data in encoded.items()])
     return ImageStore(folder)
 
 
@@ -126,15 +124,26 @@ def png(number: int) -> bytes:
 def test_a_damaged_image_stops_with_record_image_and_fix_named(tmp_path: Path, damaged: bytes) -> None:
     store = image_store(tmp_path, {"a": png(0), "b": damaged})
     collator = Collator(store, tiny.processor(), None)
-    assert collator([tiny.sequence("whole", ("a",), ())]).pixel_values is not None
-    with pytest.raises(BatchingError, match=r"tiny/two: image b can't be decoded.*build the stage cot_corpus again"):
-        collator(tiny.sequences()[2:3])
+    assert collator([tiny.stored(tiny.sequence("whole", ("a",), ()))]).pixel_values is not None
+    message = rf"tiny/two: image {tiny.digest('b')[:12]} can't be decoded.*build the stage cot_corpus again"
+    with pytest.raises(BatchingError, match=message):
+        collator([tiny.stored(tiny.sequences()[2])])
 
 
 def test_an_image_that_the_corpus_lacks_stops_with_record_image_and_fix_named(tmp_path: Path) -> None:
     store = image_store(tmp_path, {"a": png(0)})
-    with pytest.raises(BatchingError, match=r"tiny/two: .*has no image b;.*make both again"):
-        collate(tiny.sequences()[2:3], store, tiny.processor(), latents=None)
+    with pytest.raises(BatchingError, match=rf"tiny/two: .*has no image {tiny.digest('b')};.*make both again"):
+        collate([tiny.stored(tiny.sequences()[2])], store, tiny.processor(), latents=None)
+
+
+def test_a_flipped_byte_among_the_images_stops_with_record_file_and_rows_named(tmp_path: Path) -> None:
+    image_store(tmp_path, {"a": png(0), "b": png(1)})
+    shard = tmp_path / "images-00000.arrow"
+    data = bytearray(shard.read_bytes())
+    data[data.index(png(1)) + 30] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(BatchingError, match=r"tiny/two: .*images-00000\.arrow is damaged: rows 0 to 1 .*valr run cot_"):
+        collate([tiny.stored(tiny.sequences()[2])], ImageStore(tmp_path), tiny.processor(), latents=None)
 
 
 def test_a_row_may_be_as_long_as_the_limit_with_its_slots_and_not_longer() -> None:
@@ -153,9 +162,3 @@ def test_moving_a_batch_moves_its_videos_too() -> None:
     moved = tiny.video_batch().to("meta")
     tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
     assert len(tensors) == 12 and all(tensor.is_meta for tensor in tensors)
-
-
-def test_the_order_depends_on_seed_and_epoch_only() -> None:
-    assert order(50, 3, 0) == order(50, 3, 0)
-    assert sorted(order(50, 3, 0)) == list(range(50))
-    assert len({tuple(order(50, *pair)) for pair in [(3, 0), (3, 1), (4, 0)]}) == 3

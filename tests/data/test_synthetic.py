@@ -1,98 +1,98 @@
 from __future__ import annotations
 
-import io
-import json
-from collections import Counter, defaultdict
-from pathlib import Path
+from collections import Counter
 
 import numpy as np
-import PIL.Image
 import pytest
+from pydantic import ValidationError
 
-from tests.data.made import ALL_FORMATS, context, digests, jsonl_source, recipe, row
-from valr_ops.data import sources, synthetic
-from valr_ops.data.images import decode
-from valr_ops.data.records import Record
-from valr_ops.data.sources import SourceError
-from valr_ops.recipe.recipe import Recipe, SyntheticRecipe
-
-
-def built(folder: Path, made: Recipe) -> Path:
-    synthetic.build_sources(context(folder, "sources", made))
-    return folder / "sources"
-
-
-def records(name: str, made: Recipe, artifact: Path, split: str = "train") -> list[Record]:
-    items = list(sources.read_source(name, made, artifact, split))  # type: ignore[arg-type]
-    assert all(isinstance(item, Record) for item in items)
-    return items  # type: ignore[return-value]
-
-
-def test_the_same_recipe_gives_the_same_bytes_and_another_seed_gives_others(tmp_path: Path) -> None:
-    once, again = built(tmp_path / "a", recipe()), built(tmp_path / "b", recipe())
-    other = built(tmp_path / "c", recipe().model_copy(update={"seed": 1}))
-    assert digests(once) == digests(again)
-    assert digests(once) != digests(other)
-
-
-@pytest.mark.parametrize(("name", "split"), [("scenes", "train"), ("scenes", "test"), ("zebra_cot", "train")])
-def test_a_round_trip_through_files_and_reader_gives_the_scenes_back(tmp_path: Path, name: str, split: str) -> None:
-    made = recipe()
-    size = made.data.synthetic
-    count, fewest = size.train_records if split == "train" else 16, size.rows if name == "zebra_cot" else 1
-    drawn = synthetic.scenes(0, f"{name}/{split}", count, size, fewest_rows=fewest)
-    read = records(name, made, built(tmp_path, made), split)
-    assert len(read) == len(drawn)
-    for record, scene in zip(read, drawn, strict=True):
-        assert np.array_equal(np.asarray(decode(record.images[0].data)), scene.pixels)
-        assert [step.text for step in record.steps] == [scene.sentence(line) for line in scene.rows_read]
-        assert record.answer == scene.answer
-        for step, line in zip(record.steps, scene.rows_read, strict=True):
-            assert step.target is not None
-            looked_at = decode(record.images[step.target.image].data, step.target.box)
-            assert np.array_equal(np.asarray(looked_at), scene.pixels[16 * line : 16 * (line + 1)])
-
-
-def test_visual_cot_scenes_come_back_with_the_rows_read_as_their_box(tmp_path: Path) -> None:
-    made = recipe(synthetic={"train_records": 32, "test_records": 16, "rows": 3, "columns": 5, "cell_pixels": 12})
-    drawn = synthetic.scenes(0, "visual_cot/train", 32, made.data.synthetic, fewest_rows=2, most_rows=2)
-    read = records("visual_cot", made, built(tmp_path, made))
-    for record, scene in zip(read, drawn, strict=True):
-        (step,) = record.steps
-        assert step.target is not None and step.target.box == (0, 12 * scene.first_row, 60, 12 * (scene.last_row + 1))
-        assert step.text == " ".join(scene.sentence(row) for row in scene.rows_read)
-        assert record.answer == scene.answer
-        assert record.images[0].width == 60 and record.images[0].height == 36
+from valr_ops.data import synthetic
+from valr_ops.data.synthetic import MultiViewScene, Scene
+from valr_ops.recipe.recipe import SyntheticRecipe
 
 
 def test_what_is_said_about_a_row_is_what_is_drawn_there() -> None:
     size = SyntheticRecipe()
-    for scene in synthetic.scenes(0, "any", 20, size):
-        for line, colours in enumerate(scene.colours):
+    pictures = [(scene.pixels, scene.colours) for scene in synthetic.scenes(0, "any", 20, size)]
+    for seen in synthetic.multi_view_scenes(0, "any", 20, size):
+        pictures += zip(seen.views, seen.colours, strict=True)
+    for pixels, rows in pictures:
+        for line, colours in enumerate(rows):
             for column, colour in enumerate(colours):
-                cell = scene.pixels[16 * line : 16 * (line + 1), 16 * column : 16 * (column + 1)].reshape(-1, 3)
+                cell = pixels[16 * line : 16 * (line + 1), 16 * column : 16 * (column + 1)].reshape(-1, 3)
                 assert tuple(synthetic._RGB[colour]) in {tuple(pixel) for pixel in cell}
                 others = {name for name in synthetic.COLOURS if name != colour}
                 assert not {synthetic._RGB[name] for name in others} & {tuple(pixel) for pixel in cell}
 
 
-def test_the_answer_is_the_last_word_of_the_last_step_and_steps_vary_from_one_to_all_rows() -> None:
+def test_the_box_of_a_row_holds_that_row() -> None:
+    (scene,) = synthetic.scenes(0, "any", 1, SyntheticRecipe(rows=3, columns=5, cell_pixels=12))
+    assert [scene.box(row) for row in range(3)] == [(0, 0, 60, 12), (0, 12, 60, 24), (0, 24, 60, 36)]
+
+
+def test_the_answer_is_the_last_word_of_the_last_step() -> None:
+    drawn: list[Scene | MultiViewScene] = [
+        *synthetic.scenes(0, "any", 100, SyntheticRecipe()),
+        *synthetic.multi_view_scenes(0, "any", 100, SyntheticRecipe()),
+    ]
+    assert all(scene.sentences[-1].rstrip(".").split()[-1] == scene.answer for scene in drawn)
+
+
+def test_questions_say_which_rows_to_read_and_which_one_is_asked_about() -> None:
+    colours = (("red",), ("blue",), ("green",))
+    pixels = np.zeros((24, 8, 3), np.uint8)
+    assert Scene(pixels, colours, 1, 2).question == "Read rows 2 to 3. Which colour is the last in row 3?"
+    assert Scene(pixels, colours, 2, 2).question == "Read row 3. Which colour is the last in row 3?"
+    views = MultiViewScene(np.stack([pixels] * 3), (colours,) * 3, ((0, 1), (2, 0), (1, 2)))
+    assert views.question == (
+        "Read row 2 of view 1, row 1 of view 3 and row 3 of view 2. Which colour is the last in row 3 of view 2?"
+    )
+    assert views.sentences == ("View 1, row 2: blue.", "View 3, row 1: red.", "View 2, row 3: green.")
+    assert views.answer == "green"
+
+
+def test_every_number_of_rows_read_is_equally_frequent_with_every_answer() -> None:
     drawn = synthetic.scenes(0, "any", 512, SyntheticRecipe())
-    assert Counter(len(scene.rows_read) for scene in drawn) == {1: 128, 2: 128, 3: 128, 4: 128}
-    assert all(scene.sentence(scene.last_row).rstrip(".").split()[-1] == scene.answer for scene in drawn)
+    counted = Counter((len(scene.rows_read), scene.answer) for scene in drawn)
+    assert len(counted) == 16 and set(counted.values()) == {32}
 
 
-def test_guessing_from_the_question_alone_does_no_better_than_chance(tmp_path: Path) -> None:
-    made = recipe({"scenes": ALL_FORMATS["scenes"]}, synthetic={"train_records": 512, "test_records": 256})
-    artifact = built(tmp_path, made)
-    train, test = records("scenes", made, artifact), records("scenes", made, artifact, "test")
-    assert max(Counter(record.answer for record in test).values()) == len(test) // 4
-    seen: dict[str, Counter[str]] = defaultdict(Counter)
-    for record in train:
-        seen[record.question][record.answer] += 1
-    right = sum(seen[record.question].most_common(1)[0][0] == record.answer for record in test)
-    assert right / len(test) < 0.33
-    assert not any(colour in record.question for record in test for colour in synthetic.COLOURS)
+def test_every_view_and_row_is_asked_about_equally_often_with_every_answer() -> None:
+    # 2 views of 4 rows and 3 views of 4 rows, with 4 answers each: 80 kinds.
+    drawn = synthetic.multi_view_scenes(0, "any", 480, SyntheticRecipe())
+    counted = Counter((len(scene.views), scene.read[-1], scene.answer) for scene in drawn)
+    assert len(counted) == 80 and set(counted.values()) == {6}
+    few = synthetic.multi_view_scenes(0, "any", 16, SyntheticRecipe())
+    assert set(Counter(scene.answer for scene in few).values()) == {4}
+
+
+def test_the_views_and_rows_read_before_the_one_asked_about_are_no_favourites() -> None:
+    drawn = [scene for scene in synthetic.multi_view_scenes(0, "any", 2000, SyntheticRecipe()) if len(scene.views) == 3]
+    read = Counter(scene.read[0] for scene in drawn)
+    chance, margin = len(drawn) / 12, 4 * (len(drawn) / 12 * 11 / 12) ** 0.5
+    assert len(read) == 12 and all(abs(count - chance) < margin for count in read.values())
+
+
+def test_each_view_is_read_once_and_no_row_twice() -> None:
+    for scene in synthetic.multi_view_scenes(0, "any", 200, SyntheticRecipe()):
+        views, rows = zip(*scene.read, strict=True)
+        assert sorted(views) == list(range(len(scene.views))) and len(set(rows)) == len(rows)
+
+
+def test_neighbouring_views_show_the_same_part_of_the_scene_half_a_view_apart() -> None:
+    for scene in synthetic.multi_view_scenes(0, "any", 20, SyntheticRecipe()):
+        for left, right in zip(scene.views, scene.views[1:], strict=False):
+            assert np.array_equal(left[:, 32:], right[:, :32]) and not np.array_equal(left[:, :32], right[:, 32:])
+
+
+def test_scenes_of_fewer_rows_than_are_wanted_and_of_one_column_can_be_drawn() -> None:
+    size = SyntheticRecipe(rows=2, columns=1)
+    assert {len(scene.rows_read) for scene in synthetic.scenes(0, "any", 8, size, fewest_rows=3)} == {2}
+    views = synthetic.multi_view_scenes(0, "any", 40, size)
+    assert {len(scene.read) for scene in views} == {2} and {len(scene.views) for scene in views} == {2, 3}
+    assert all(view != other for scene in views for (view, _), (other, _) in [scene.read])
+    with pytest.raises(ValidationError, match="rows"):
+        SyntheticRecipe(rows=1)
 
 
 def test_rows_can_not_be_told_from_the_rows_before_them() -> None:
@@ -101,20 +101,15 @@ def test_rows_can_not_be_told_from_the_rows_before_them() -> None:
     assert max(pairs.values()) / 2000 < 0.09  # one in sixteen, and four standard deviations
 
 
-def test_no_scene_of_the_test_split_is_in_a_training_split(tmp_path: Path) -> None:
-    made = recipe()
-    artifact = built(tmp_path, made)
-    train = {
-        image.digest for name in ALL_FORMATS for record in records(name, made, artifact) for image in record.images
-    }
-    test = {record.images[0].digest for record in records("scenes", made, artifact, "test")}
-    assert len(test) == 16 and not train & test
+def test_another_seed_or_name_draws_other_scenes_and_the_same_one_the_same() -> None:
+    def pixels(seed: int, name: str) -> list[bytes]:
+        size = SyntheticRecipe()
+        plain = [scene.pixels.tobytes() for scene in synthetic.scenes(seed, name, 4, size)]
+        return plain + [scene.views.tobytes() for scene in synthetic.multi_view_scenes(seed, name, 4, size)]
 
-
-def test_drawn_scenes_have_the_license_of_the_project_in_every_format(tmp_path: Path) -> None:
-    made = recipe()
-    artifact = built(tmp_path, made)
-    assert {record.license for name in ALL_FORMATS for record in records(name, made, artifact)} == {"Apache-2.0"}
+    once = pixels(0, "a/train")
+    assert once == pixels(0, "a/train")
+    assert not set(once) & {*pixels(1, "a/train"), *pixels(0, "a/test")}
 
 
 def test_scene_labels_name_the_colour_and_the_shape_of_every_cell() -> None:
@@ -145,49 +140,3 @@ def test_scattered_maps_name_the_colour_and_shape_at_every_pixel() -> None:
     )
     assert (red.argmax(1) == 0).all() and (green.argmax(1) == 1).all() and (blue.argmax(1) == 2).all()
     assert np.array_equal(images, synthetic.draw_scattered(1, 60, 48, 80)[0])
-
-
-def test_the_inventory_lists_size_and_digest_of_every_file(tmp_path: Path) -> None:
-    artifact = built(tmp_path, recipe())
-    inventory = json.loads((artifact / "inventory.json").read_text())
-    for name, entry in inventory.items():
-        assert entry["generated"] is True
-        assert {path: file["md5"] for path, file in entry["files"].items()} == digests(artifact / name)
-    PIL.Image.open(io.BytesIO((artifact / "preview.png").read_bytes())).verify()
-
-
-def test_a_given_folder_is_listed_and_not_copied(tmp_path: Path) -> None:
-    (tmp_path / "secret.png").write_bytes(b"x")
-    folder = jsonl_source(tmp_path / "mine", train=[row(0), row(1, images=["../secret.png"])])
-    (folder / "out.png").symlink_to(tmp_path / "secret.png")
-    (folder / ".hidden").write_text("x")
-    artifact = built(tmp_path / "a", recipe({"mine": {"format": "jsonl", "path": str(folder)}}))
-    assert [path.name for path in artifact.iterdir()] == ["inventory.json"]
-    entry = json.loads((artifact / "inventory.json").read_text())["mine"]
-    assert sorted(entry["files"]) == sorted(["train.jsonl", *(f"images/{number}.png" for number in range(10))])
-    assert str(tmp_path) not in (artifact / "inventory.json").read_text()
-
-    file = built(tmp_path / "b", recipe({"mine": {"format": "jsonl", "path": str(folder / "train.jsonl")}}))
-    assert sorted(json.loads((file / "inventory.json").read_text())["mine"]["files"]) == ["images/0.png", "train.jsonl"]
-
-
-@pytest.mark.parametrize("state", ["missing", "empty", "without records", "no sources"])
-def test_nothing_to_list_stops_the_stage(tmp_path: Path, state: str) -> None:
-    folder = tmp_path / "mine"
-    if state != "missing":
-        folder.mkdir()
-    if state == "without records":
-        (folder / "train.jsonl").write_text("\n")
-    given = {} if state == "no sources" else {"mine": {"format": "jsonl", "path": str(folder)}}
-    with pytest.raises(SourceError, match=r"data\.sources|no record"):
-        built(tmp_path / "a", recipe(given))
-
-
-def test_a_given_folder_that_changed_is_named_and_an_unchanged_one_is_not(tmp_path: Path) -> None:
-    folder = jsonl_source(tmp_path / "mine", train=[row(0)])
-    made = recipe({"mine": {"format": "jsonl", "path": str(folder)}, "scenes": ALL_FORMATS["scenes"]})
-    artifact = built(tmp_path / "a", made)
-    assert synthetic.changed_sources(made, artifact) is None
-    (folder / "images" / "3.png").write_bytes(b"other")
-    (folder / "images" / "4.png").unlink()
-    assert synthetic.changed_sources(made, artifact) == "source mine changed: images/3.png, images/4.png"

@@ -56,7 +56,7 @@ def build(folder: Path, recipe: Recipe) -> tuple[Path, StageReport]:
     record = CorpusRecord(
         "tiny/0", "tiny", "CC0-1.0", "train", "single_view", tiny.QUESTION, "blue square", images, steps
     )
-    write_records(corpus / "records.parquet", [record])
+    write_records(corpus, [record])
     context = StageContext("base_model", recipe, {"cot_corpus": corpus}, out, folder / "work", Progress())
     return out, build_base_model(context)
 

@@ -112,7 +112,7 @@ def test_a_mapping_for_sources_is_the_whole_list_and_for_teachers_is_merged() ->
     for changes in ({"data.sources": own}, {"data": {"sources": own}}):
         assert list(override(recipes.tiny(), changes).data.sources) == ["mine"]
     one_path = override(recipes.tiny(), {"data.sources.zebra_cot.path": "here"}).data.sources
-    assert (len(one_path), one_path["zebra_cot"].path) == (3, "here")
+    assert (len(one_path), one_path["zebra_cot"].path) == (8, "here")
     teachers = override(recipes.tiny(), {"teachers": {"pi3": {"image_pixels": 28}}}).teachers
     assert (len(teachers), teachers["pi3"].image_pixels) == (4, 28)
 

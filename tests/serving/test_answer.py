@@ -137,7 +137,7 @@ def test_a_model_is_found_by_its_folder_or_its_stage(reasoner: Path, monkeypatch
         (("--image", "nowhere.png"), "nowhere.png: no such file"),
         (("--image", __file__), "image_unreadable"),
         (("--question", "  "), "empty_question"),
-        (("--question", "<latent>"), "reserved_token_in_text"),
+        (("--question", "<lvr>"), "reserved_token_in_text"),
         (("--model", "nothing"), "--model nothing"),
         (("--slots", 7, "--no-latents"), "--slots goes with latent segments, which --no-latents rules out"),
         (("--slots", 0), "slots=0 leaves no position"),

@@ -6,21 +6,20 @@ import hashlib
 import io
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL.Image
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests import tiny
-from valr_ops.data.corpus import ImageSpool, ImageStore
+from valr_ops.data.corpus import ImageStore, write_images
 from valr_ops.data.records import Box, Image
-from valr_ops.data.rewriting import SEQUENCE_SCHEMA
+from valr_ops.data.sequences import Segment, batch_of, write_sequences
 from valr_ops.model.qwen import save_model
 from valr_ops.recipe import recipes
 from valr_ops.recipe.recipe import Recipe, override
@@ -52,24 +51,21 @@ def inputs(tmp_path: Path) -> dict[str, Path]:
     for folder in folders.values():
         folder.mkdir()
     images = [draw_image(seed) for seed in range(12)]
-    spool = ImageSpool(tmp_path / "spool")
-    spool.add(images)
-    spool.write_parquet(folders["cot_corpus"] / "images.parquet")
-    segments = [
-        [{"position": 3 + 2 * step, "digest": image.digest, "box": box, "step": step} for step, box in enumerate(BOXES)]
-        for image in images
-    ]
-    write_sequences(folders["latent_corpus"], [*segments, *segments, [segment(None, None)], []])
+    write_images(folders["cot_corpus"], images)
+    segments = [[segment(image.digest, box) for box in BOXES] for image in images]
+    write_segments(folders["latent_corpus"], [*segments, *segments, [segment(None, None)], []])
     return folders
 
 
-def segment(digest: str | None, box: Box | None) -> dict[str, Any]:
-    return {"position": 3, "digest": digest, "box": box, "step": 0}
+def segment(digest: str | None, box: Box | None) -> Segment:
+    return Segment(3, digest, box, 0)
 
 
-def write_sequences(folder: Path, segments: list[list[dict[str, Any]]]) -> None:
-    rows = [{"id": f"scenes/{row}", "segments": part} for row, part in enumerate(segments)]
-    pq.write_table(pa.Table.from_pylist(rows, schema=SEQUENCE_SCHEMA), folder / "sequences.parquet")
+def write_segments(folder: Path, segments: list[list[Segment]]) -> None:
+    """A corpus of sequences with these segments, five a block."""
+    any_one = tiny.sequence("any", (), ())
+    rows = [replace(any_one, id=f"scenes/{row}", segments=tuple(part)) for row, part in enumerate(segments)]
+    write_sequences(folder, (batch_of(rows[start : start + 5]) for start in range(0, len(rows), 5)), {})
 
 
 def small_recipe(**changes: Any) -> Recipe:
@@ -244,13 +240,13 @@ def test_spoiled_features_are_not_published(
 
 def test_a_box_outside_of_its_image_is_refused(inputs: dict[str, Path], tmp_path: Path) -> None:
     digest = draw_image(0).digest
-    write_sequences(inputs["latent_corpus"], [[segment(digest, (0, 0, 65, 16))]])
+    write_segments(inputs["latent_corpus"], [[segment(digest, (0, 0, 65, 16))]])
     with pytest.raises(FeatureError, match=r"box \[0, 0, 65, 16\] of image .* lies outside of 64 x 64 px"):
         build(inputs, tmp_path / "run")
 
 
 def test_a_corpus_without_targets_is_refused(inputs: dict[str, Path], tmp_path: Path) -> None:
-    write_sequences(inputs["latent_corpus"], [[segment(None, None)], []])
+    write_segments(inputs["latent_corpus"], [[segment(None, None)], []])
     with pytest.raises(FeatureError, match=r"no segment in .* has a target"):
         build(inputs, tmp_path / "run")
 
@@ -296,7 +292,7 @@ def test_a_stage_without_the_features_of_its_teacher_is_told_where_to_get_them(
 
 
 def test_one_target_is_enough(inputs: dict[str, Path], tmp_path: Path) -> None:
-    write_sequences(inputs["latent_corpus"], [[segment(draw_image(0).digest, None)]])
+    write_segments(inputs["latent_corpus"], [[segment(draw_image(0).digest, None)]])
     report = build(inputs, tmp_path / "run")
     assert report.checks[0].passed and len(FeatureStore(tmp_path / "run/out")) == 1
 

@@ -9,14 +9,13 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from safetensors.torch import save_file
 
 from tests import tiny
-from valr_ops.data.corpus import IMAGE_SCHEMA
-from valr_ops.data.rewriting import Sequence, write_sequences
+from valr_ops.data.corpus import write_images
+from valr_ops.data.records import Image
+from valr_ops.data.sequences import Sequence, Sequences, batch_of, write_sequences
 from valr_ops.model.qwen import save_model
 from valr_ops.recipe.recipe import Recipe
 from valr_ops.store.artifacts import StageContext
@@ -31,19 +30,27 @@ def sequences(count: int = 10) -> list[Sequence]:
     return [replace(one, split="validation") if number >= count - 2 else one for number, one in enumerate(made)]
 
 
+def write_corpus(folder: Path, sequences: list[Sequence], weights: dict[str, float] | None = None) -> Sequences:
+    """Write `sequences` as a `latent_corpus`, four a block, in place of what is there; returns those for training."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [tiny.stored(one) for one in sequences]
+    write_sequences(folder, (batch_of(rows[start : start + 4]) for start in range(0, len(rows), 4)), weights or {})
+    return Sequences(folder, "train")
+
+
 def write_inputs(root: Path, teachers: tuple[str, ...] = ("dinov3",)) -> dict[str, Path]:
     """Write every input artifact below `root`; returns their folders by stage name."""
     folders = {name: root / name for name in ("cot_corpus", "latent_corpus", "base_model")}
     folders |= {f"teacher_features_{teacher}": root / f"teacher_features_{teacher}" for teacher in teachers}
     for folder in folders.values():
         folder.mkdir(parents=True)
-    rows = []
-    for digest, image in sorted(tiny.images().images.items()):
+    images = []
+    for name, image in sorted(tiny.images().images.items()):
         data = io.BytesIO()
         image.save(data, "PNG")
-        rows.append({"digest": digest, "width": image.width, "height": image.height, "data": data.getvalue()})
-    pq.write_table(pa.Table.from_pylist(rows, schema=IMAGE_SCHEMA), folders["cot_corpus"] / "images.parquet")
-    write_sequences(sequences(), folders["latent_corpus"] / "sequences.parquet")
+        images.append(Image(data.getvalue(), tiny.digest(name), image.width, image.height, "input"))
+    write_images(folders["cot_corpus"], images)
+    write_corpus(folders["latent_corpus"], sequences())
     save_model(tiny.model(), tiny.processor(), folders["base_model"], {})
     for number, teacher in enumerate(teachers):
         _write_features(folders[f"teacher_features_{teacher}"], teacher, number)
@@ -59,7 +66,7 @@ def _write_features(folder: Path, teacher: str, seed: int) -> None:
     features = torch.stack([of_image[digest] for digest, _ in distinct]).to(torch.bfloat16)
     save_file({"features": features}, folder / "features-00000.safetensors")
     entries = [
-        {"digest": digest, "box": box, "shard": "features-00000.safetensors", "row": row, "grid": GRID}
+        {"digest": tiny.digest(digest), "box": box, "shard": "features-00000.safetensors", "row": row, "grid": GRID}
         for row, (digest, box) in enumerate(distinct)
     ]
     head = {"teacher": teacher, "dim": DIMENSION, "dtype": "bfloat16", "license": "none", "fingerprint": "0"}

@@ -25,10 +25,11 @@ from tests.training.inputs import (
     content,
     context,
     sequences,
+    write_corpus,
     write_inputs,
 )
 from valr_ops.data.batching import Batch, Collator
-from valr_ops.data.rewriting import Sequence, write_sequences
+from valr_ops.data.sequences import Sequence
 from valr_ops.model import latents
 from valr_ops.model.alignment import Projectors
 from valr_ops.model.checkpoint import CheckpointError
@@ -279,7 +280,7 @@ def test_a_step_that_is_not_finite_names_its_records_and_publishes_nothing(tmp_p
     shard = inputs["teacher_features_dinov3"] / "features-00000.safetensors"
     index = json.loads((shard.parent / "index.json").read_text())["targets"]
     features = load_file(shard)["features"]
-    poisoned = next(place for place, target in enumerate(index) if target["digest"] == "wide")
+    poisoned = next(place for place, target in enumerate(index) if target["digest"] == tiny.digest("wide"))
     features[poisoned] = float("nan")
     save_file({"features": features}, shard)
     with pytest.raises(TrainingError, match=r"update 1: loss is nan.*The weights were not changed") as error:
@@ -298,7 +299,7 @@ def test_bfloat16_on_the_cpu_is_refused_with_the_fix(inputs: dict[str, Path], tm
 def test_a_corpus_without_held_out_records_has_no_validation_loss(tmp_path: Path) -> None:
     inputs = write_inputs(tmp_path / "inputs")
     all_for_training = [replace(sequence, split="train") for sequence in sequences()]
-    write_sequences(all_for_training, inputs["latent_corpus"] / "sequences.parquet")
+    write_corpus(inputs["latent_corpus"], all_for_training)
     report, progress = stage2(inputs, tmp_path, **{"stage2.max_updates": 1})
     assert not [name for name in report.summary if name.startswith("validation")]
     assert any("no sequence is held out" in line for line in progress.said)

@@ -1,27 +1,26 @@
-"""From rows of `sequences.parquet` to padded batches of tensors.
+"""From sequences to padded batches of tensors.
 
 In: sequences (marker pairs without slots), the corpus's images, the base model's processor. Out: `Batch`, right-padded,
 with K slots inserted into every segment, or with the marker pairs removed for stage 1.
-Always: labels are at their own positions (the forward shifts them); prompts, slots and padding carry -100; the order of
-records depends on seed and epoch only, never on the number of processes.
+Always: labels are at their own positions (the forward shifts them); prompts, slots and padding carry -100.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import PIL.Image
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from valr_ops.data.corpus import CorpusError
 from valr_ops.data.records import Box
-from valr_ops.data.rewriting import ControlTokens, Segment, Sequence
+from valr_ops.data.rewriting import ControlTokens
+from valr_ops.data.sequences import Sequence
+from valr_ops.data.shards import ShardError
 from valr_ops.recipe.recipe import LatentRecipe
 from valr_ops.torchvision_guard import ensure_torchvision
 
@@ -41,7 +40,11 @@ class Images(Protocol):
     """What a collator needs of `valr_ops.data.corpus.ImageStore`."""
 
     def load(self, digest: str, box: Box | None = None) -> PIL.Image.Image:
-        """RGB pixels. Raises `CorpusError` for an unknown digest, and whatever a decoder raises for damaged bytes."""
+        """RGB pixels.
+
+        Raises:
+            CorpusError: an unknown digest. ShardError: its shard is damaged. Whatever a decoder raises for bad bytes.
+        """
 
 
 @dataclass(frozen=True)
@@ -83,44 +86,6 @@ class Batch:
             name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
         return replace(self, **tensors)
-
-
-def read_sequences(folder: Path, split: str) -> list[Sequence]:
-    """The rows of `folder`/sequences.parquet that belong to `split`, in file order.
-
-    Raises:
-        BatchingError: the file is missing or has no row of that split.
-    """
-    path = folder / "sequences.parquet"
-    if not path.is_file():
-        raise BatchingError(f"{path} does not exist; build the stage latent_corpus")
-    sequences: list[Sequence] = []
-    file = pq.ParquetFile(path)
-    for group in range(file.num_row_groups):
-        table = file.read_row_group(group)
-        ids = table.column("input_ids").combine_chunks()
-        flat, offsets = ids.values.to_numpy(), ids.offsets.to_numpy()
-        for row, values in enumerate(table.drop_columns(["input_ids"]).to_pylist()):
-            if values["split"] != split:
-                continue
-            segments = tuple(
-                Segment(one["position"], one["digest"], None if one["box"] is None else tuple(one["box"]), one["step"])
-                for one in values.pop("segments")
-            )
-            digests = tuple(values.pop("image_digests"))
-            grids = tuple(tuple(grid) for grid in values.pop("image_grids"))
-            row_ids = flat[offsets[row] : offsets[row + 1]]
-            sequences.append(
-                Sequence(**values, input_ids=row_ids, segments=segments, image_digests=digests, image_grids=grids)
-            )
-    if not sequences:
-        raise BatchingError(f"{path} has no sequence of the split {split!r}; look at rejects.jsonl beside it")
-    return sequences
-
-
-def order(n: int, seed: int, epoch: int) -> list[int]:
-    """A shuffle of 0..n-1 that depends on nothing but its arguments."""
-    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(n).tolist()
 
 
 class Collator:
@@ -251,13 +216,13 @@ class Collator:
     def _picture(self, record_id: str, digest: str) -> PIL.Image.Image:
         try:
             return self.images.load(digest)
-        except CorpusError as error:
+        except (CorpusError, ShardError) as error:
             raise BatchingError(f"record {record_id}: {error}") from None
         except Exception as error:
             # Decoders raise whatever damaged bytes lead them to: OSError, SyntaxError, struct.error, ValueError ...
             raise BatchingError(
                 f"record {record_id}: image {digest[:12]} can't be decoded ({type(error).__name__}: {error}); "
-                "images.parquet is damaged, build the stage cot_corpus again"
+                "build the stage cot_corpus again, which checks every image"
             ) from error
 
 

@@ -1,6 +1,6 @@
 """Images of records: from untrusted bytes or a path below a root to a checked `Image`, and to pixels.
 
-In: encoded bytes, or a root folder and a relative path from an annotation file.
+In: encoded bytes, or the files of a source and a relative path from an annotation file.
 Out: an `Image` whose bytes were decoded to the last row, or RGB pixels with the EXIF orientation applied and
 transparency composited on white.
 Always: a path can't leave its root, not even through a link; nothing larger than the bound is decoded; every problem
@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-import re
 import warnings
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
 from typing import Literal
 
 import numpy as np
@@ -22,13 +20,13 @@ import PIL.Image
 import PIL.ImageOps
 
 from valr_ops.data.records import BadRecord, Box, Image, shortened
+from valr_ops.store.objects import EscapeError, Files, MissingError, StorageError, TooLargeError, is_remote
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 """Raster formats that are opened; others (EPS starts an interpreter, PSD and friends are rarely attacked and fixed)."""
 
 _MAX_ASPECT = 200
 _EXIF_ORIENTATION = 0x0112
-_DRIVE = re.compile(r"^[A-Za-z]:")
 
 
 @dataclass(frozen=True)
@@ -86,48 +84,40 @@ def check_image(data: bytes, role: Literal["input", "step"], limits: ImageLimits
     return Image(data=data, digest=hashlib.sha256(data).hexdigest(), width=width, height=height, role=role)
 
 
-def resolve(root: Path, relative: object, where: str) -> Path:
-    """The file that an annotation calls `relative`, below `root`.
+def read_image(files: Files, name: object, role: Literal["input", "step"], limits: ImageLimits, where: str) -> Image:
+    """`check_image` of a file that an annotation calls `name`.
+
+    Raises:
+        BadRecord: as `read_bytes` and `check_image`.
+    """
+    # No encoding of an allowed image needs eight bytes a pixel, so a larger file is not even read.
+    data = read_bytes(files, name, 8 * limits.max_pixels + 2**20, where)
+    return check_image(data, role, limits, f"{where}: {shortened(name)}")
+
+
+def read_bytes(files: Files, name: object, at_most: int, where: str) -> bytes:
+    """A file that an annotation names.
 
     Raises:
         BadRecord: `schema_mismatch` (no path), `path_escape` (absolute, a drive, ``..``, or a link out of the root),
-            `image_missing` (no such regular file).
+            `image_missing` (no such regular file), `image_too_large`, `image_unreadable`.
     """
-    if not isinstance(relative, str) or not relative.strip():
-        raise BadRecord("schema_mismatch", f"{where}: expected a relative path, found {shortened(relative)!r}")
-    shown = f"{where}: {shortened(relative)!r}"
-    path = PurePosixPath(relative.replace("\\", "/"))
-    if path.is_absolute() or _DRIVE.match(relative) or ".." in path.parts or "\0" in relative:
-        raise BadRecord("path_escape", f"{shown} must be relative to the source's folder and stay in it")
+    if not isinstance(name, str) or not name.strip():
+        raise BadRecord("schema_mismatch", f"{where}: expected a relative path, found {shortened(name)!r}")
+    shown = f"{where}: {shortened(name)!r}"
     try:
-        found = (root / path).resolve(strict=True)
-        inside = found.is_relative_to(root.resolve())
-        regular = found.is_file()
-    except (OSError, RuntimeError, ValueError):
+        return files.read(name, at_most)
+    except EscapeError:
+        raise BadRecord("path_escape", f"{shown} must be relative to the source's folder and stay in it") from None
+    except MissingError:
         raise BadRecord("image_missing", f"{shown} does not exist") from None
-    if not inside:
-        raise BadRecord("path_escape", f"{shown} is a link that leaves the source's folder")
-    if not regular:
-        raise BadRecord("image_missing", f"{shown} is no regular file")
-    return found
-
-
-def read_image(root: Path, relative: object, role: Literal["input", "step"], limits: ImageLimits, where: str) -> Image:
-    """`check_image` of a file below `root`; see `resolve` for the rules of the path.
-
-    Raises:
-        BadRecord: as `resolve` and `check_image`.
-    """
-    path = resolve(root, relative, where)
-    shown = f"{where}: {shortened(relative)}"
-    try:
-        # No encoding of an allowed image needs eight bytes a pixel, so a larger file is not even read.
-        if path.stat().st_size > 8 * limits.max_pixels + 2**20:
-            raise BadRecord("image_too_large", f"{shown} has {path.stat().st_size} bytes (data.max_image_pixels)")
-        data = path.read_bytes()
-    except OSError as error:
-        raise BadRecord("image_unreadable", f"{shown}: {error.strerror}") from None
-    return check_image(data, role, limits, shown)
+    except TooLargeError:
+        raise BadRecord("image_too_large", f"{shown} has more than {at_most} bytes (data.max_image_pixels)") from None
+    except StorageError as error:
+        if is_remote(files.location):
+            # A store that is away says nothing about the record.
+            raise
+        raise BadRecord("image_unreadable", f"{shown}: {error}") from None
 
 
 def decode(data: bytes, box: Box | None = None) -> PIL.Image.Image:
@@ -143,6 +133,9 @@ def decode(data: bytes, box: Box | None = None) -> PIL.Image.Image:
         # check_image already bounded the pixels; the recipe's bound, not Pillow's warning level, decides.
         warnings.simplefilter("ignore")
         picture: PIL.Image.Image = PIL.Image.open(io.BytesIO(data), formats=FORMATS)
+        picture.getexif()
+        # Pillow would write the turned picture's metadata anew, and raises where it is damaged; the tag is read by now.
+        picture.info = {key: value for key, value in picture.info.items() if "exif" not in key and "xmp" not in key}
         picture = PIL.ImageOps.exif_transpose(picture)
         if picture.mode.startswith("I;16") or picture.mode == "I":
             # Pillow clips 16-bit greys at 255 when converting; the high byte is what a viewer shows.

@@ -1,30 +1,46 @@
 """From chain-of-thought records to token ids with latent segments: ``v, q -> (segment, r(i)) x N -> answer``.
 
-In: the checked corpus and the base model's processor (tokenizer, chat template, image grid). Out: `sequences.parquet`,
-one row a record: ids with every image already expanded to its pads, each segment as the two adjacent tokens
-``<latent>`` ``</latent>``, and what each segment looks at. Slots are inserted when batching, so K is no property of
-the artifact; without the marker pairs a row is the sequence of stage 1.
+In: the checked corpus and the base model's processor (tokenizer, chat template, image grid). Out: the shards of
+`valr_ops.data.sequences`, one row a record: ids with every image already expanded to its pads, each segment as the two
+adjacent tokens ``<latent>`` ``</latent>``, and what each segment looks at. Slots are inserted when batching, so K is no
+property of the artifact; without the marker pairs a row is the sequence of stage 1.
 Always: interleaved step images are targets, never inputs; a record that does not fit is a line in `rejects.jsonl`;
-the prompt is made by `prompt_messages`, which generation uses as well.
+the prompt is made by `prompt_messages`, which generation uses as well; the bytes do not depend on the number of
+processes, nor the memory on the number of records.
 """
 
 from __future__ import annotations
 
+import functools
 import json
+import multiprocessing
+import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 from matplotlib.figure import Figure
 
-from valr_ops.data.corpus import CorpusRecord, read_records
+from valr_ops.data.corpus import CorpusRecord, Records, record_of
 from valr_ops.data.records import Box, Rejection, shortened
+from valr_ops.data.sequences import (
+    ROWS_A_BLOCK,
+    Segment,
+    Sequence,
+    batch_of,
+    sequence_of,
+    targets_of,
+    write_sequences,
+)
 from valr_ops.recipe.recipe import DataRecipe
 from valr_ops.store.artifacts import StageContext, StageReport
 from valr_ops.torchvision_guard import ensure_torchvision
@@ -39,6 +55,11 @@ CONTROL_STRINGS = (LATENT, LATENT_END, LATENT_PAD)
 IMAGE_PAD = "<|image_pad|>"
 TURN_END = "<|im_end|>"
 INSTRUCTION = "Reason step by step, then write 'Answer:'."
+
+_MOST_PROCESSES = 8
+_RECORDS_WORTH_PROCESSES = 20_000
+"""Rewriting so many takes one process about as long as starting several, which load transformers each."""
+_HISTOGRAM_BINS = 40
 
 
 class RewritingError(ValueError):
@@ -70,71 +91,6 @@ class ControlTokens:
                 )
             ids.append(encoded[0])
         return cls(*ids)
-
-
-@dataclass(frozen=True)
-class Segment:
-    """One latent segment of a sequence."""
-
-    position: int
-    """Index of ``<latent>`` in `Sequence.input_ids`; ``</latent>`` is the next one."""
-    digest: str | None
-    """The image it looks at; None for a step without a target, which has cross-entropy only."""
-    box: Box | None
-    """A region of that image, or all of it."""
-    step: int
-    """Index of the step that follows."""
-
-
-@dataclass(frozen=True, eq=False)
-class Sequence:
-    """One row of `sequences.parquet`."""
-
-    id: str
-    source: str
-    split: str
-    kind: str
-    input_ids: np.ndarray
-    """[length] int32, with image pads expanded and every segment as two adjacent tokens without slots."""
-    prompt_length: int
-    """Ids before this index are not supervised."""
-    segments: tuple[Segment, ...]
-    """In reading order."""
-    image_digests: tuple[str, ...]
-    """Input images in the order of their pads."""
-    image_grids: tuple[tuple[int, int, int], ...]
-    """(1, height, width) of each input image in patches, as in `image_grid_thw`."""
-    question: str
-    answer: str
-
-
-SEQUENCE_SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("source", pa.string()),
-        ("split", pa.string()),
-        ("kind", pa.string()),
-        ("input_ids", pa.list_(pa.int32())),
-        ("prompt_length", pa.int32()),
-        (
-            "segments",
-            pa.list_(
-                pa.struct(
-                    [
-                        ("position", pa.int32()),
-                        ("digest", pa.string()),
-                        ("box", pa.list_(pa.int32())),
-                        ("step", pa.int32()),
-                    ]
-                )
-            ),
-        ),
-        ("image_digests", pa.list_(pa.string())),
-        ("image_grids", pa.list_(pa.list_(pa.int32()))),
-        ("question", pa.string()),
-        ("answer", pa.string()),
-    ]
-)
 
 
 def prompt_messages(question: str, image_count: int) -> list[dict[str, Any]]:
@@ -223,31 +179,50 @@ class Rewriter:
         self.data = data
         self.control = ControlTokens.of(self.tokenizer)
         self._image_pad = self.tokenizer.convert_tokens_to_ids(IMAGE_PAD)
-        self._special = set(self.tokenizer.all_special_ids)
+        self._special = frozenset([*self.tokenizer.all_special_ids, self._image_pad, *vars(self.control).values()])
+        self._turn_end = self._special_in(self._encode([TURN_END])[0])
+        self._prompt_special = functools.cache(self._special_of_prompt)
 
     def __call__(self, record: CorpusRecord) -> Sequence | Rejection:
         """The sequence of one record, or why there is none.
 
         Reasons: `reserved_token_in_text` (this tokenizer reads a special token), `image_aspect`, `too_long`.
         """
-        for text in (record.question, record.answer, *(step.text for step in record.steps)):
-            if self._special.intersection(self._encode(text)):
-                return self._reject(record, "reserved_token_in_text", f"a special token in {shortened(text)!r}")
+        return self.all([record])[0]
+
+    def all(self, records: Iterable[CorpusRecord]) -> list[Sequence | Rejection]:
+        """What `__call__` says of each; the tokenizer is called once for all, which is what makes it fast."""
+        drafts = []
+        for record in records:
+            prompt = self._rendered(record.question, sum(image.role == "input" for image in record.images))
+            # Pieces are encoded one by one, so that taking a marker pair out leaves exactly the text without markers.
+            pieces = response_pieces((step.text for step in record.steps), record.answer)
+            drafts.append((record, [prompt, *pieces]))
+        encoded = iter(self._encode([text for _, texts in drafts for text in texts]))
+        return [self._finished(record, [next(encoded) for _ in texts]) for record, texts in drafts]
+
+    def _finished(self, record: CorpusRecord, encoded: list[list[int]]) -> Sequence | Rejection:
+        """The sequence of a record whose prompt and pieces are ids."""
+        prompt, *pieces = encoded
         shown = [image for image in record.images if image.role == "input"]
+        texts = [record.question, *(step.text for step in record.steps), record.answer]
+        allowed = [self._prompt_special(len(shown)), *([[]] * len(record.steps)), self._turn_end]
+        for text, ids, special in zip(texts, encoded, allowed, strict=True):
+            if self._special_in(ids) != special:
+                return self._reject(record, "reserved_token_in_text", f"a special token in {shortened(text)!r}")
         try:
             grids = tuple(image_grid(image.width, image.height, self.processor) for image in shown)
         except ValueError as error:
             return self._reject(record, "image_aspect", str(error))
-        input_ids = self._prompt(record.question, grids)
+        input_ids = self._expanded(prompt, grids)
         prompt_length = len(input_ids)
         before = {step: (digest, box) for step, digest, box in segment_targets(record, self.data.placement)}
         segments = []
-        # Pieces are encoded one by one, so that taking a marker pair out leaves exactly the text without markers.
-        for index, piece in enumerate(response_pieces((step.text for step in record.steps), record.answer)):
-            if index in before and index < len(record.steps):
+        for index, piece in enumerate(pieces):
+            if index in before:
                 segments.append(Segment(len(input_ids), *before[index], step=index))
                 input_ids += [self.control.latent, self.control.latent_end]
-            input_ids += self._encode(piece)
+            input_ids += piece
         length = len(input_ids) + self.data.reserved_slots * len(segments)
         if length > self.data.max_length:
             return self._reject(
@@ -270,53 +245,81 @@ class Rewriter:
             answer=record.answer,
         )
 
-    def _encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
 
-    def _prompt(self, question: str, grids: tuple[tuple[int, int, int], ...]) -> list[int]:
-        """Ids of the chat prompt; each image pad of the template becomes as many as the image has merged patches."""
-        messages = prompt_messages(question, len(grids))
-        rendered = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    def _rendered(self, question: str, image_count: int) -> str:
+        messages = prompt_messages(question, image_count)
+        return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
+    def _special_in(self, ids: list[int]) -> list[int]:
+        return [] if self._special.isdisjoint(ids) else [token for token in ids if token in self._special]
+
+    def _special_of_prompt(self, image_count: int) -> list[int]:
+        """The special tokens that the chat template itself writes."""
+        return self._special_in(self._encode([self._rendered("?", image_count)])[0])
+
+    def _expanded(self, prompt: list[int], grids: tuple[tuple[int, int, int], ...]) -> list[int]:
+        """The prompt's ids; each image pad of the template becomes as many as the image has merged patches."""
         merged = self.processor.image_processor.merge_size**2
-        counts = iter(height * width // merged for _, height, width in grids)
         ids: list[int] = []
-        for token in self._encode(rendered):
-            ids += [token] * (next(counts) if token == self._image_pad else 1)
-        return ids
+        done = 0
+        for _, height, width in grids:
+            pad = prompt.index(self._image_pad, done)
+            ids += prompt[done:pad]
+            ids += [self._image_pad] * (height * width // merged)
+            done = pad + 1
+        return ids + prompt[done:]
 
     def _reject(self, record: CorpusRecord, reason: str, detail: str) -> Rejection:
         return Rejection(record.id, record.source, reason, detail)
 
 
+# --------------------------------------------------------------------------------------------------------- the stage
+
+
 def build_latent_corpus(context: StageContext) -> StageReport:
-    """Rewrite the corpus; writes sequences.parquet, rejects.jsonl, report.json and lengths.png.
+    """Rewrite the corpus; writes the shards, rejects.jsonl, report.json and lengths.png.
+
+    The weight of each source is written with its sequences, so that training depends on it through this artifact and
+    not on the rest of what the recipe says of sources, where they lie for example.
 
     Raises:
         RewritingError: the base model has no usable processor, or no record is left.
+        ShardError: the corpus is damaged.
     """
     data = context.recipe.data
-    rewrite = Rewriter(load_processor(context.inputs["base_model"]), data)
-    records = read_records(context.inputs["cot_corpus"])
-    sequences: list[Sequence] = []
-    rejections: list[Rejection] = []
-    for record in context.progress.track(records, "rewriting", total=len(records)):
-        made = rewrite(record)
-        (rejections if isinstance(made, Rejection) else sequences).append(made)  # type: ignore[arg-type]
-    if not sequences:
-        reasons = dict(Counter(rejection.reason for rejection in rejections))
+    rewriter = Rewriter(load_processor(context.inputs["base_model"]), data)
+    records = Records(context.inputs["cot_corpus"])
+    weights = {name: source.weight for name, source in data.sources.items()}
+    tally = _Tally()
+    many = len(records) >= _RECORDS_WORTH_PROCESSES
+    processes = min(_MOST_PROCESSES, os.cpu_count() or 1) if many else 1
+    blocks = _rewritten(records, rewriter, context.inputs["base_model"], processes)
+
+    with (context.out / "rejects.jsonl").open("w", encoding="utf-8") as rejects:
+
+        def kept() -> Iterator[pa.RecordBatch]:
+            for batches, rejections in context.progress.track(blocks, "rewriting, blocks", total=records.blocks):
+                for rejection in rejections:
+                    tally.reject(rejection)
+                    rejects.write(json.dumps(asdict(rejection), sort_keys=True) + "\n")
+                for batch in batches:
+                    tally.add(batch)
+                    yield batch
+
+        write_sequences(context.out, kept(), weights)
+
+    if tally.telling is None:
         raise RewritingError(
-            f"none of {len(records)} records is left ({reasons}); raise data.max_length={data.max_length} "
-            "or look at the corpus"
+            f"none of {len(records)} records is left ({dict(tally.reasons())}); raise data.max_length="
+            f"{data.max_length} or look at the corpus"
         )
-    write_sequences(sequences, context.out / "sequences.parquet")
-    with (context.out / "rejects.jsonl").open("w") as file:
-        for rejection in rejections:
-            file.write(json.dumps(asdict(rejection), sort_keys=True) + "\n")
-    report = _report(sequences, rejections)
+    report = tally.report(weights)
     (context.out / "report.json").write_text(json.dumps(report, indent=2, sort_keys=True) + "\n")
-    _plot(sequences, context.out / "lengths.png")
+    _plot(tally, context.out / "lengths.png")
     context.progress.say(
-        f"{len(sequences)} sequences, {len(rejections)} rejected, {report['targets']} distinct targets"
+        f"{report['sequences']} sequences, {report['rejected']} rejected, {report['targets']} distinct targets"
     )
     # Imported here because everything that makes a prompt imports this module, and expectations takes seconds to load.
     from valr_ops.data.expectations import latent_expectations
@@ -325,70 +328,173 @@ def build_latent_corpus(context: StageContext) -> StageReport:
         summary={key: value for key, value in report.items() if isinstance(value, int | float)},
         tables={
             "Sequences by source": _source_table(report["sources"]),
-            "One sequence": _example_table(_telling(sequences), rewrite.processor),
+            "One sequence": _example_table(tally.telling, rewriter.processor),
         },
         plots=("lengths.png",),
         checks=(latent_expectations(context.out, context.recipe, context.inputs["cot_corpus"]),),
     )
 
 
-def write_sequences(sequences: Iterable[Sequence], path: Path, rows_per_group: int = 1024) -> None:
-    """Write `sequences` in their order; the same sequences give the same bytes."""
-    with pq.ParquetWriter(path, SEQUENCE_SCHEMA, compression="zstd") as writer:
-        for rows in _groups(sequences, rows_per_group):
-            columns = {name: [getattr(row, name) for row in rows] for name in SEQUENCE_SCHEMA.names}
-            columns["segments"] = [[asdict(segment) for segment in row.segments] for row in rows]
-            writer.write_table(pa.table(columns, schema=SEQUENCE_SCHEMA))
+_Block = tuple[list[pa.RecordBatch], list[Rejection]]
+"""What became of a block of the corpus: sequences, `ROWS_A_BLOCK` a batch, and rejections."""
 
 
-def _groups(sequences: Iterable[Sequence], size: int) -> Iterator[list[Sequence]]:
-    group: list[Sequence] = []
-    for sequence in sequences:
-        group.append(sequence)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
-        yield group
+def _rewritten(records: Records, rewriter: Rewriter, base_model: Path, processes: int) -> Iterator[_Block]:
+    """What became of every block of the corpus, in its order, a few in memory at a time.
+
+    Raises:
+        RewritingError: a process was killed.
+    """
+    if processes == 1:
+        for batch in records.batches():
+            yield _rewrite(rewriter, batch)
+        return
+    # A process whose tokenizer has started threads must not be forked; a fresh one that has loaded this module may.
+    starting = multiprocessing.get_context("forkserver")
+    starting.set_forkserver_preload([__name__])
+    pool = ProcessPoolExecutor(processes, starting, initializer=_start, initargs=(base_model, rewriter.data))
+    with pool:
+        coming: deque[Any] = deque()
+        try:
+            for batch in records.batches():
+                coming.append(pool.submit(_rewrite_here, batch))
+                if len(coming) > 2 * processes:
+                    yield coming.popleft().result()
+            while coming:
+                yield coming.popleft().result()
+        except BrokenProcessPool:
+            raise RewritingError(
+                "a process that rewrites records was killed, most likely for want of memory (each needs about 1 GB); "
+                "run the same command again with more memory or fewer CPUs"
+            ) from None
 
 
-def _report(sequences: list[Sequence], rejections: list[Rejection]) -> dict[str, Any]:
-    """Counts in all and by source; `targets` are the distinct (image, box) pairs that teachers have to look at."""
-    sources: dict[str, Any] = {}
-    for name in sorted({row.source for row in sequences} | {one.source for one in rejections}):
-        rows = [sequence for sequence in sequences if sequence.source == name]
-        segments = [segment for row in rows for segment in row.segments]
-        sources[name] = {
-            "sequences": len(rows),
-            "splits": dict(sorted(Counter(row.split for row in rows).items())),
-            "kinds": dict(sorted(Counter(row.kind for row in rows).items())),
-            "tokens": sum(len(row.input_ids) for row in rows),
-            "segments": len(segments),
-            "segments_without_target": sum(segment.digest is None for segment in segments),
-            "rejected": dict(sorted(Counter(one.reason for one in rejections if one.source == name).items())),
+_here: Rewriter
+"""The rewriter of this process, where it is one of several."""
+
+
+def _start(base_model: Path, data: DataRecipe) -> None:
+    global _here
+    # The processes are as many as there are cores.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _here = Rewriter(load_processor(base_model), data)
+
+
+def _rewrite_here(batch: pa.RecordBatch) -> _Block:
+    return _rewrite(_here, batch)
+
+
+def _rewrite(rewriter: Rewriter, batch: pa.RecordBatch) -> _Block:
+    made = rewriter.all(map(record_of, batch.to_pylist()))
+    sequences = [one for one in made if isinstance(one, Sequence)]
+    starts = range(0, len(sequences), ROWS_A_BLOCK)
+    batches = [batch_of(sequences[start : start + ROWS_A_BLOCK]) for start in starts]
+    return batches, [one for one in made if isinstance(one, Rejection)]
+
+
+# -------------------------------------------------------------------------------------------------------- the report
+
+
+@dataclass
+class _OfSource:
+    """Counts of one source."""
+
+    splits: Counter[str] = field(default_factory=Counter)
+    kinds: Counter[str] = field(default_factory=Counter)
+    rejected: Counter[str] = field(default_factory=Counter)
+    tokens: int = 0
+    segments: int = 0
+    segments_without_target: int = 0
+
+
+class _Tally:
+    """Counts over a stream of sequences and rejections."""
+
+    def __init__(self) -> None:
+        self.lengths: Counter[int] = Counter()
+        """Number of sequences by number of tokens."""
+        self.segments: Counter[int] = Counter()
+        """Number of sequences by number of segments."""
+        self.telling: Sequence | None = None
+        """The first sequence with the most segments that have a target: the one that shows most of the format."""
+        self._shown = -1
+        self._sources: defaultdict[str, _OfSource] = defaultdict(_OfSource)
+        # Sixteen bytes a target; the targets themselves would take ten times as much.
+        self._targets = bytearray()
+
+    def reject(self, rejection: Rejection) -> None:
+        """One more record that was left out."""
+        self._sources[rejection.source].rejected[rejection.reason] += 1
+
+    def add(self, batch: pa.RecordBatch) -> None:
+        """Some more sequences, as `SEQUENCE_SCHEMA`."""
+        lengths, segments = (pc.list_value_length(batch[name]).to_pylist() for name in ("input_ids", "segments"))
+        aimed = np.cumsum([0, *batch["segments"].flatten().field("digest").is_valid().to_pylist()])
+        ends = np.cumsum([0, *segments])
+        with_target = aimed[ends[1:]] - aimed[ends[:-1]]
+        self.lengths.update(lengths)
+        self.segments.update(segments)
+        words = (batch[name].to_pylist() for name in ("source", "split", "kind"))
+        for name, split, kind, tokens, number, aims in zip(*words, lengths, segments, with_target.tolist()):
+            source = self._sources[name]
+            source.splits[split] += 1
+            source.kinds[kind] += 1
+            source.tokens += tokens
+            source.segments += number
+            source.segments_without_target += number - aims
+        for digest, box in targets_of(batch):
+            self._targets += blake2b(f"{digest} {box}".encode(), digest_size=16).digest()
+        best = int(with_target.argmax())
+        if with_target[best] > self._shown:
+            self.telling, self._shown = sequence_of(batch.slice(best, 1)), int(with_target[best])
+
+    def reasons(self) -> Counter[str]:
+        """Rejections of all sources by reason."""
+        return sum((source.rejected for source in self._sources.values()), Counter())
+
+    def report(self, weights: dict[str, float]) -> dict[str, Any]:
+        """Counts in all and by source; `targets` are the distinct (image, box) pairs that teachers have to look at."""
+        sources = {
+            name: {
+                "weight": weights.get(name, 1.0),
+                "sequences": sum(source.splits.values()),
+                "splits": dict(sorted(source.splits.items())),
+                "kinds": dict(sorted(source.kinds.items())),
+                "tokens": source.tokens,
+                "segments": source.segments,
+                "segments_without_target": source.segments_without_target,
+                "rejected": dict(sorted(source.rejected.items())),
+            }
+            for name, source in sorted(self._sources.items())
         }
-    segments = [segment for sequence in sequences for segment in sequence.segments]
-    lengths = [len(sequence.input_ids) for sequence in sequences]
-    return {
-        "sequences": len(sequences),
-        "rejected": len(rejections),
-        "tokens": sum(lengths),
-        "longest": max(lengths),
-        "segments": len(segments),
-        "most_segments": max(len(sequence.segments) for sequence in sequences),
-        "segments_without_target": sum(segment.digest is None for segment in segments),
-        "targets": len({(segment.digest, segment.box) for segment in segments if segment.digest is not None}),
-        "sources": sources,
-    }
+        longest, per_bin = max(self.lengths), -(-(max(self.lengths) + 1) // _HISTOGRAM_BINS)
+        bins = [0] * (longest // per_bin + 1)
+        for length, count in self.lengths.items():
+            bins[length // per_bin] += count
+        return {
+            "sequences": self.lengths.total(),
+            "rejected": self.reasons().total(),
+            "tokens": sum(length * count for length, count in self.lengths.items()),
+            "longest": longest,
+            "segments": sum(number * count for number, count in self.segments.items()),
+            "most_segments": max(self.segments),
+            "segments_without_target": sum(source.segments_without_target for source in self._sources.values()),
+            "targets": len(np.unique(np.frombuffer(self._targets, dtype="<u8").reshape(-1, 2), axis=0)),
+            "sources": sources,
+            "histograms": {
+                "tokens": {"bin_width": per_bin, "sequences": bins},
+                "segments": {"bin_width": 1, "sequences": [self.segments[n] for n in range(max(self.segments) + 1)]},
+            },
+        }
 
 
-def _plot(sequences: list[Sequence], path: Path) -> None:
+def _plot(tally: _Tally, path: Path) -> None:
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     lengths, segments = figure.subplots(1, 2)
-    lengths.hist([len(sequence.input_ids) for sequence in sequences], bins=40, color="#4477aa")
+    lengths.hist([*tally.lengths], weights=[*tally.lengths.values()], bins=_HISTOGRAM_BINS, color="#4477aa")
     lengths.set(xlabel="tokens, images and markers included, slots not", ylabel="sequences")
-    counts = Counter(len(sequence.segments) for sequence in sequences)
-    segments.bar([*sorted(counts)], [counts[number] for number in sorted(counts)], color="#66aa77")
+    numbers = sorted(tally.segments)
+    segments.bar(numbers, [tally.segments[number] for number in numbers], color="#66aa77")
     segments.set(xlabel="latent segments", ylabel="sequences")
     segments.xaxis.get_major_locator().set_params(integer=True)
     figure.savefig(path, dpi=110, metadata={"Software": None})
@@ -396,22 +502,17 @@ def _plot(sequences: list[Sequence], path: Path) -> None:
 
 def _source_table(sources: dict[str, Any]) -> str:
     lines = [
-        "| source | sequences | kinds | tokens | segments | without target | rejected |",
-        "| --- | ---: | --- | ---: | ---: | ---: | --- |",
+        "| source | weight | sequences | kinds | tokens | segments | without target | rejected |",
+        "| --- | ---: | ---: | --- | ---: | ---: | ---: | --- |",
     ]
     for name, row in sources.items():
         kinds = ", ".join(f"{kind} {count}" for kind, count in row["kinds"].items())
         rejected = ", ".join(f"{reason} {count}" for reason, count in row["rejected"].items()) or "none"
         lines.append(
-            f"| {name} | {row['sequences']} | {kinds} | {row['tokens']} | {row['segments']} "
+            f"| {name} | {row['weight']:g} | {row['sequences']} | {kinds} | {row['tokens']} | {row['segments']} "
             f"| {row['segments_without_target']} | {rejected} |"
         )
     return "\n".join(lines)
-
-
-def _telling(sequences: list[Sequence]) -> Sequence:
-    """The first sequence with the most segments that have a target: the one that shows most of the format."""
-    return max(sequences, key=lambda sequence: sum(segment.digest is not None for segment in sequence.segments))
 
 
 def _example_table(sequence: Sequence, processor: Qwen2_5_VLProcessor) -> str:

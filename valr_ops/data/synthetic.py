@@ -1,35 +1,25 @@
-"""Drawn scenes: the sources of scale tiny, and pictures with dense labels for pretraining small vision encoders.
+"""Drawn scenes: the questions of scale tiny, and pictures with dense labels for pretraining small vision encoders.
 
-In: a seed and a size. Out: either arrays (`draw_scenes`, `draw_scattered`), or folders in the public on-disk formats,
-so that scale tiny runs the same readers as scale paper (`build_sources`, also the inventory of a user's folders).
-Always: the same seed gives the same bytes; nothing in a question tells a cell, every answer is equally frequent for
-every kind of question, and each step can only be written by looking at its row. The answer stands in the last row
-described, so that reasoning which was read off the picture is enough to answer.
+In: a seed and sizes. Out: arrays (`draw_scenes`, `draw_scattered`) or questions about pictures (`scenes`,
+`multi_view_scenes`); `valr_ops.data.layouts` writes the questions in the public on-disk formats.
+Always: the same arguments give the same pixels; nothing in a question or in an earlier step tells a cell of the next
+step, every answer is equally frequent for every kind of question, and each step can only be written by looking at its
+row. The answer stands in the last row described, so that reasoning which was read off the picture is enough to answer.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
-import os
 import zlib
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import PIL.Image
 import PIL.ImageDraw
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from valr_ops.data import sources
-from valr_ops.recipe.recipe import Recipe, SyntheticRecipe
-from valr_ops.store.artifacts import StageContext, StageReport
+from valr_ops.data.records import Box
+from valr_ops.recipe.recipe import SyntheticRecipe
 
 COLOURS = ("red", "green", "blue", "yellow")
 """Colours of a cell; the answers."""
@@ -159,9 +149,13 @@ def draw_scattered(
     return images, colour_map, shape_map
 
 
+MOST_VIEWS = 3
+"""Views of a multi-view scene are 2 .. MOST_VIEWS."""
+
+
 @dataclass(frozen=True)
 class Scene:
-    """One drawn question."""
+    """One drawn question about one picture."""
 
     pixels: UInt8Array
     """[height, width, 3]"""
@@ -173,6 +167,17 @@ class Scene:
     """Last row of the reasoning, from 0; the one that is asked about."""
 
     @property
+    def asked(self) -> str:
+        """The question itself, without which rows to read."""
+        return f"Which colour is the last in row {self.last_row + 1}?"
+
+    @property
+    def question(self) -> str:
+        """Which rows to read, and what is asked about the last of them."""
+        named = f"rows {self.first_row + 1} to {self.last_row + 1}" if len(self.rows_read) > 1 else None
+        return f"Read {named or f'row {self.last_row + 1}'}. {self.asked}"
+
+    @property
     def answer(self) -> str:
         """The colour at the end of the last row read."""
         return self.colours[self.last_row][-1]
@@ -182,15 +187,53 @@ class Scene:
         """The rows that the reasoning goes through, from 0."""
         return range(self.first_row, self.last_row + 1)
 
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """The text of every step."""
+        return tuple(map(self.sentence, self.rows_read))
+
     def sentence(self, row: int) -> str:
         """What a step says about one row."""
         return f"Row {row + 1}: {' '.join(self.colours[row])}."
 
-    def rows_in_words(self) -> str:
-        """``row 2`` or ``rows 2 to 4``."""
-        if self.first_row == self.last_row:
-            return f"row {self.last_row + 1}"
-        return f"rows {self.first_row + 1} to {self.last_row + 1}"
+    def box(self, row: int) -> Box:
+        """Where a row is in the picture."""
+        height, width = self.pixels.shape[:2]
+        cell = height // len(self.colours)
+        return 0, row * cell, width, (row + 1) * cell
+
+
+@dataclass(frozen=True)
+class MultiViewScene:
+    """One drawn question about several views of one scene, as a camera gives them that moves half a view to the right.
+
+    No two steps read the same row: what one says would else be half of the other.
+    """
+
+    views: UInt8Array
+    """[views, height, width, 3]"""
+    colours: tuple[tuple[tuple[str, ...], ...], ...]
+    """Colour of every cell, by view and row."""
+    read: tuple[tuple[int, int], ...]
+    """View and row of every step, from 0; the last one is asked about."""
+
+    @property
+    def question(self) -> str:
+        """Which rows to read in which views, and what is asked about the last of them."""
+        named = [f"row {row + 1} of view {view + 1}" for view, row in self.read]
+        listed = " and ".join(filter(None, (", ".join(named[:-1]), named[-1])))
+        return f"Read {listed}. Which colour is the last in {named[-1]}?"
+
+    @property
+    def answer(self) -> str:
+        """The colour at the end of the last row read."""
+        view, row = self.read[-1]
+        return self.colours[view][row][-1]
+
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """The text of every step."""
+        return tuple(f"View {view + 1}, row {row + 1}: {' '.join(self.colours[view][row])}." for view, row in self.read)
 
 
 def scenes(
@@ -209,7 +252,7 @@ def scenes(
         fewest_rows: at least so many rows in the reasoning.
         most_rows: at most so many; None for all of them.
     """
-    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    rng = _generator(seed, name)
     labels = rng.integers(0, CELL_CLASSES, (count, recipe.rows, recipe.columns))
     most, fewest = min(most_rows or recipe.rows, recipe.rows), min(fewest_rows, recipe.rows)
     combinations = rng.permutation(np.arange(count) % ((most - fewest + 1) * len(COLOURS)))
@@ -220,237 +263,60 @@ def scenes(
     labels[asked] = answers * len(SHAPES) + labels[asked] % len(SHAPES)
     images = _paint(labels, rng, recipe.cell_pixels)
     return [
-        Scene(
-            pixels=images[i],
-            colours=tuple(tuple(COLOURS[cell // len(SHAPES)] for cell in row) for row in labels[i]),
-            first_row=int(first[i]),
-            last_row=int(last[i]),
-        )
+        Scene(pixels=images[i], colours=_colour_names(labels[i]), first_row=int(first[i]), last_row=int(last[i]))
         for i in range(count)
     ]
 
 
-def build_sources(context: StageContext) -> StageReport:
-    """Stage `sources`: draw the sources without a path in their public layouts, list the files of those with one.
+def multi_view_scenes(seed: int, name: str, count: int, recipe: SyntheticRecipe) -> list[MultiViewScene]:
+    """Questions about 2 .. `MOST_VIEWS` views of a scene; the same arguments give the same scenes.
 
-    Writes ``NAME/...`` for each drawn source, ``inventory.json`` (format, size and MD5 of every file) and
-    ``preview.png``.
+    Every view is read once, in any order, each in another row; with fewer rows than views, as many views as there are
+    rows. Every combination of number of views, view and row asked about, and answer is equally frequent.
 
-    Raises:
-        SourceError: the recipe has no source, or a folder that is missing, empty, or not in its format.
+    Args:
+        seed: the recipe's.
+        name: of the source and split, so that no two draw the same scenes.
+        count: number of scenes.
+        recipe: sizes of one view.
     """
-    recipe = context.recipe
-    if not recipe.data.sources:
-        raise sources.SourceError(
-            "data.sources is empty; name at least one source, e.g. data.sources.mine = {format: jsonl, path: ../mine}"
+    rng = _generator(seed, name)
+    shift = max(1, recipe.columns // 2)
+    labels = rng.integers(0, CELL_CLASSES, (count, recipe.rows, recipe.columns + (MOST_VIEWS - 1) * shift))
+    kinds = [
+        (views, view, row) for views in range(2, MOST_VIEWS + 1) for view in range(views) for row in range(recipe.rows)
+    ]
+    # Answers take turns fastest, so that they are balanced for any number of scenes.
+    turns = rng.permutation(count)
+    order = rng.permutation(len(kinds))
+    read = []
+    for i, turn in enumerate(turns):
+        views, asked_view, asked_row = kinds[order[turn // len(COLOURS) % len(kinds)]]
+        before = min(views, recipe.rows) - 1
+        other_views = rng.permutation([view for view in range(views) if view != asked_view])[:before]
+        other_rows = rng.permutation([row for row in range(recipe.rows) if row != asked_row])[:before]
+        pairs = zip(other_views.tolist(), other_rows.tolist(), strict=True)
+        read.append((views, (*pairs, (asked_view, asked_row))))
+        asked = (i, asked_row, asked_view * shift + recipe.columns - 1)
+        labels[asked] = turn % len(COLOURS) * len(SHAPES) + labels[asked] % len(SHAPES)
+    panoramas = _paint(labels, rng, recipe.cell_pixels)
+
+    def windows(of: npt.NDArray[Any], views: int, cell: int) -> list[npt.NDArray[Any]]:
+        return [of[:, view * shift * cell : (view * shift + recipe.columns) * cell] for view in range(views)]
+
+    return [
+        MultiViewScene(
+            views=np.stack(windows(panoramas[i], views, recipe.cell_pixels)),
+            colours=tuple(map(_colour_names, windows(labels[i], views, 1))),
+            read=steps,
         )
-    inventory: dict[str, Any] = {}
-    drawn: list[Scene] = []
-    for name, source in sorted(recipe.data.sources.items()):
-        folder = sources.folder(name, recipe, context.out)
-        if source.path is None:
-            drawn += _WRITERS[source.format](folder, name, recipe.seed, recipe.data.synthetic)
-        else:
-            sources.probe(name, recipe, context.out)
-        listed = _listed(folder, source.format)
-        inventory[name] = {"format": source.format, "generated": source.path is None, "files": listed}
-        context.progress.say(f"source {name}: {len(listed)} files")
-    (context.out / "inventory.json").write_text(json.dumps(inventory, indent=1, sort_keys=True) + "\n")
-    if drawn:
-        _contact_sheet(drawn).save(context.out / "preview.png")
-    return _report(inventory, drawn)
+        for i, (views, steps) in enumerate(read)
+    ]
 
 
-def changed_sources(recipe: Recipe, artifact: Path) -> str | None:
-    """What changed in the given folders since `artifact` listed them, as half a sentence; None if nothing did."""
-    inventory = json.loads((artifact / "inventory.json").read_text(encoding="utf-8"))
-    for name, source in sorted(recipe.data.sources.items()):
-        if source.path is None:
-            continue
-        before = inventory.get(name, {}).get("files", {})
-        now = _listed(sources.folder(name, recipe, artifact), source.format)
-        changed = sorted(path for path in {*before, *now} if before.get(path) != now.get(path))
-        if changed:
-            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-            return f"source {name} changed: {', '.join(changed[:3])}{more}"
-    return None
+def _generator(seed: int, name: str) -> np.random.Generator:
+    return np.random.default_rng([seed, zlib.crc32(name.encode())])
 
 
-def _listed(folder: Path, format_name: str) -> dict[str, dict[str, int | str]]:
-    return _measured(folder.parent if folder.is_file() else folder, _files(folder, format_name))
-
-
-def _report(inventory: dict[str, Any], drawn: list[Scene]) -> StageReport:
-    sizes = {name: sum(file["size"] for file in entry["files"].values()) for name, entry in inventory.items()}
-    lines = ["| source | format | origin | files | megabytes |", "| --- | --- | --- | ---: | ---: |"]
-    for name, entry in inventory.items():
-        origin = "drawn" if entry["generated"] else "given"
-        lines.append(f"| {name} | {entry['format']} | {origin} | {len(entry['files'])} | {sizes[name] / 1e6:.2f} |")
-    tables = {"Sources": "\n".join(lines)}
-    if drawn:
-        examples = ["| question | reasoning | answer |", "| --- | --- | --- |"]
-        for scene in drawn[:4]:
-            steps = "<br>".join(scene.sentence(row) for row in scene.rows_read)
-            examples.append(f"| {_question(scene)} | {steps} | {scene.answer} |")
-        tables["First drawn scenes"] = "\n".join(examples)
-    return StageReport(
-        summary={
-            "sources": len(inventory),
-            "files": sum(len(entry["files"]) for entry in inventory.values()),
-            "bytes": sum(sizes.values()),
-        },
-        tables=tables,
-        plots=("preview.png",) if drawn else (),
-    )
-
-
-def _question(scene: Scene) -> str:
-    return f"Read {scene.rows_in_words()}. Which colour is the last in row {scene.last_row + 1}?"
-
-
-def _write_jsonl(folder: Path, name: str, seed: int, recipe: SyntheticRecipe) -> list[Scene]:
-    """``train.jsonl`` and ``test.jsonl``; every step looks at its row's box."""
-    (folder / "images").mkdir(parents=True)
-    all_scenes = []
-    for split, count in (("train", recipe.train_records), ("test", recipe.test_records)):
-        lines = []
-        for number, scene in enumerate(scenes(seed, f"{name}/{split}", count, recipe)):
-            path = f"images/{split}-{number:05d}.png"
-            (folder / path).write_bytes(_png(scene.pixels))
-            row = {
-                "id": f"{name}/{split}/{number:05d}",
-                "license": sources.DRAWN_LICENSE,
-                "images": [path],
-                "question": _question(scene),
-                "steps": [
-                    {"text": scene.sentence(row), "image": 0, "box": _row_box(scene, row, recipe)}
-                    for row in scene.rows_read
-                ],
-                "answer": scene.answer,
-            }
-            lines.append(json.dumps(row) + "\n")
-            all_scenes.append(scene)
-        (folder / f"{split}.jsonl").write_text("".join(lines))
-    return all_scenes
-
-
-def _write_zebra_cot(folder: Path, name: str, seed: int, recipe: SyntheticRecipe) -> list[Scene]:
-    """One parquet file; the crop of each row stands in the reasoning before the sentence about it."""
-    # All rows: supervision is densest where every cell has to be read.
-    all_scenes = scenes(seed, f"{name}/train", recipe.train_records, recipe, fewest_rows=recipe.rows)
-    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    crops = [f"reasoning_image_{number + 1}" for number in range(recipe.rows)]
-    rows = []
-    for scene in all_scenes:
-        thoughts = []
-        row: dict[str, Any] = {"problem_image_1": {"bytes": _png(scene.pixels), "path": None}}
-        for number, read in enumerate(scene.rows_read):
-            x0, y0, x1, y1 = _row_box(scene, read, recipe)
-            row[crops[number]] = {"bytes": _png(scene.pixels[y0:y1, x0:x1]), "path": None}
-            thoughts.append(f"THOUGHT {number}: <image_start>[{crops[number]}]<image_end> {scene.sentence(read)}")
-        row["Question"] = (
-            f"<image_start>[problem_image_1]<image_end> Look at {scene.rows_in_words()}. "
-            f"Which colour is the last in row {scene.last_row + 1}?"
-        )
-        row["Text Reasoning Trace"] = "\n".join(thoughts)
-        row["Final Answer"] = scene.answer
-        rows.append(row)
-    schema = pa.schema(
-        [(column, pa.string()) for column in ("Question", "Text Reasoning Trace", "Final Answer")]
-        + [(column, image) for column in ("problem_image_1", *crops)]
-    )
-    path = folder / "grid_scenes" / "train-00000-of-00001.parquet"
-    path.parent.mkdir(parents=True)
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path, row_group_size=64)
-    return all_scenes
-
-
-def _write_visual_cot(folder: Path, name: str, seed: int, recipe: SyntheticRecipe) -> list[Scene]:
-    """One JSON array; the box holds two rows, of which the lower one is asked about."""
-    (folder / "cot" / "scenes").mkdir(parents=True)
-    all_scenes = scenes(seed, f"{name}/train", recipe.train_records, recipe, fewest_rows=2, most_rows=2)
-    rows = []
-    for number, scene in enumerate(all_scenes):
-        path = f"cot/scenes/{number:05d}.png"
-        (folder / path).write_bytes(_png(scene.pixels))
-        height, width = scene.pixels.shape[:2]
-        box = [*_row_box(scene, scene.first_row, recipe)[:2], *_row_box(scene, scene.last_row, recipe)[2:]]
-        side = max(width, height)
-        padding = ((side - width) / 2, (side - height) / 2) * 2
-        normalised = ", ".join(f"{(value + pad) / side:.3f}" for value, pad in zip(box, padding, strict=True))
-        request = "Please provide the bounding box coordinate of the region that can help you answer the question."
-        rows.append(
-            {
-                "question_id": number,
-                "dataset": "scenes",
-                "split": "train",
-                "width": width,
-                "height": height,
-                "image": [path, f"{path}###{box}"],
-                "conversations": [
-                    {
-                        "from": "human",
-                        "value": f"<image>\nWhich colour is the last in row {scene.last_row + 1}? {request}",
-                    },
-                    {"from": "gpt", "value": f"[{normalised}]"},
-                    {"from": "human", "value": "<image>"},
-                    {"from": "gpt", "value": scene.answer},
-                ],
-                "cot_with_detailed_reasoning_steps": " ".join(scene.sentence(row) for row in scene.rows_read),
-            }
-        )
-    (folder / "visual_cot.json").write_text(json.dumps(rows, indent=0) + "\n")
-    return all_scenes
-
-
-_WRITERS = {"jsonl": _write_jsonl, "zebra_cot": _write_zebra_cot, "visual_cot": _write_visual_cot}
-
-
-def _row_box(scene: Scene, row: int, recipe: SyntheticRecipe) -> list[int]:
-    return [0, row * recipe.cell_pixels, scene.pixels.shape[1], (row + 1) * recipe.cell_pixels]
-
-
-def _png(pixels: UInt8Array) -> bytes:
-    file = io.BytesIO()
-    PIL.Image.fromarray(pixels).save(file, format="PNG")
-    return file.getvalue()
-
-
-def _contact_sheet(drawn: list[Scene], columns: int = 8, gap: int = 4, scale: int = 2) -> PIL.Image.Image:
-    """The first scenes side by side."""
-    tiles = [scene.pixels.repeat(scale, axis=0).repeat(scale, axis=1) for scene in drawn[:columns]]
-    height, width = tiles[0].shape[:2]
-    sheet = np.full((height + 2 * gap, len(tiles) * (width + gap) + gap, 3), 255, np.uint8)
-    for place, tile in enumerate(tiles):
-        left = gap + place * (width + gap)
-        sheet[gap : gap + height, left : left + width] = tile
-    return PIL.Image.fromarray(sheet)
-
-
-def _files(folder: Path, format_name: str) -> Iterator[Path]:
-    """The files of a source: all below a folder that are not hidden, or a file and the images it names."""
-    if folder.is_file():
-        yield folder
-        if format_name == "jsonl":
-            yield from sources.jsonl.image_paths(folder)
-        return
-    root = folder.resolve()
-    for path in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        # What the readers refuse to follow is not listed either.
-        if not hidden and path.is_file() and path.resolve().is_relative_to(root):
-            yield path
-
-
-def _measured(root: Path, files: Iterator[Path]) -> dict[str, dict[str, int | str]]:
-    """Size in bytes and MD5 by relative path, several files at a time."""
-
-    def measure(path: Path) -> tuple[str, dict[str, int | str]]:
-        digest = hashlib.md5(usedforsecurity=False)
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        return path.relative_to(root).as_posix(), {"size": path.stat().st_size, "md5": digest.hexdigest()}
-
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads:
-        return dict(sorted(threads.map(measure, files)))
+def _colour_names(labels: npt.NDArray[np.int64]) -> tuple[tuple[str, ...], ...]:
+    return tuple(tuple(COLOURS[cell // len(SHAPES)] for cell in row) for row in labels)

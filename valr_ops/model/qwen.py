@@ -22,7 +22,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from torch import Tensor
 
 from valr_ops.data.batching import Batch
-from valr_ops.data.corpus import CorpusRecord, read_records
+from valr_ops.data.corpus import CorpusRecord, Records
 from valr_ops.data.rewriting import (
     CONTROL_STRINGS,
     INSTRUCTION,
@@ -362,7 +362,7 @@ def build_base_model(context: StageContext) -> StageReport:
     """
     recipe = context.recipe
     torch.set_num_threads(recipe.runtime.threads)
-    records = read_records(context.inputs["cot_corpus"])
+    records = Records(context.inputs["cot_corpus"])
     started = time.perf_counter()
     tower: TowerTraining | None = None
     if recipe.base.from_scratch:
@@ -399,7 +399,7 @@ def build_base_model(context: StageContext) -> StageReport:
     )
 
 
-def _texts(records: list[CorpusRecord]) -> Iterator[str]:
+def _texts(records: Iterable[CorpusRecord]) -> Iterator[str]:
     """Everything that a model of this corpus reads and writes, for training its tokenizer."""
     yield INSTRUCTION
     for record in records:

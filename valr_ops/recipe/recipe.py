@@ -60,12 +60,14 @@ class _Values(BaseModel):
 class SyntheticRecipe(_Values):
     """The generated scenes that stand in for the six public sources at scale tiny."""
 
-    train_records: PositiveInt = 800
-    """Paper silent; we choose 800 records a format because the tiny model learns the task from them in a minute."""
+    train_records: PositiveInt = 300
+    """Paper silent; we choose 300 records a source because the tiny model learns the task from eight times as many in a
+    minute."""
     test_records: PositiveInt = 256
     """Paper silent; we choose 256 because the 95 % interval of a score is then at most 6 points wide on each side."""
-    rows: PositiveInt = 4
-    """Paper silent; we choose 4 rows, hence up to 4 reasoning steps, because that is enough to see several segments."""
+    rows: int = Field(default=4, ge=2)
+    """Paper silent; we choose 4 rows, hence up to 4 reasoning steps, because that is enough to see several segments. At
+    least 2: a region that is all of the picture would show nothing new."""
     columns: PositiveInt = 4
     """Paper silent; we choose 4 columns because 16 image positions hold the scene at one cell a position."""
     cell_pixels: PositiveInt = 16
@@ -75,12 +77,72 @@ class SyntheticRecipe(_Values):
 class SourceRecipe(_Values):
     """One source of records."""
 
-    format: Literal["zebra_cot", "visual_cot", "jsonl"]
+    format: Literal["zebra_cot", "monet", "cogcom", "refocus", "visual_cot", "gcot", "onethinker", "jsonl"]
     """Paper: section 5 names the data sets; the format is their public on-disk layout, or our own JSONL."""
     path: str | None = None
-    """Paper silent; a local folder, relative to the project, or empty for scenes drawn by the generator."""
+    """Paper silent; a local folder, relative to the project, an ``s3://bucket/prefix``, or empty for scenes drawn by
+    the generator."""
     limit: PositiveInt | None = None
-    """Paper silent; we choose no limit, so that every record is used."""
+    """Paper silent; at most so many rows of each split are read, for trials; we choose no limit."""
+    cap: PositiveInt | None = None
+    """Paper: section 5 for the three parts of 125, 155 and 170 thousand; at most so many checked training records stay,
+    the first of one seeded shuffle, so that a smaller cap keeps a part of what a larger one does."""
+    weight: PositiveFloat = 1.0
+    """Paper silent; how often an epoch visits each record: 2 is twice, 0.5 half of them, another half in the next."""
+    license: str | None = None
+    """Paper silent; the licence of records that name none; null takes the data set's own where it is known."""
+    mapping: dict[str, str] = {}
+    """Paper silent; the formats whose public layout is not documented (refocus, gcot) read these names of theirs for
+    ours, e.g. ``{question: prompt}``. A name that a record lacks is `schema_mismatch`, never a guess."""
+
+
+class MatchingRecipe(_Values):
+    """Which image each step of a multi-view record looks at, where the data does not say it."""
+
+    by: Literal["data", "similarity", "endpoint"] = "data"
+    """Paper: appendix B lets GPT-4o match images to steps; `endpoint` asks any OpenAI-compatible server the same,
+    `similarity` compares step and image in a local dual encoder, `data` takes only what the source states."""
+    unmatched: Literal["no_target", "first_view", "reject"] = "no_target"
+    """Paper silent; a step without a match trains on its text alone, looks at the first image, or its record is
+    rejected."""
+    model: str | None = None
+    """Paper: appendix B, GPT-4o (2024-08-06); the endpoint's model name, or the local folder of a CLIP or SigLIP
+    checkpoint for `similarity`."""
+    endpoint: str | None = None
+    """Paper silent; base URL ending in /v1. The key is read from the environment variable `VALR_MATCHING_API_KEY`."""
+    requests_per_minute: PositiveInt = 60
+    """Paper silent; the rate that the endpoint is asked at."""
+    image_side: PositiveInt = 512
+    """Paper silent; longer side in pixels of the images sent to the endpoint, which bounds the price."""
+    dollars_per_million_input_tokens: float | None = Field(default=None, ge=0.0)
+    """Paper silent; for the price that is shown before the first request. Needed by `endpoint`."""
+    dollars_per_million_output_tokens: float | None = Field(default=None, ge=0.0)
+    """Paper silent; for the price that is shown before the first request. Needed by `endpoint`."""
+    max_dollars: PositiveFloat = 10.0
+    """Paper silent; an estimate above this refuses the run before the first request."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> MatchingRecipe:
+        needed = {
+            "data": (),
+            "similarity": ("model",),
+            "endpoint": (
+                *("model", "endpoint"),
+                *("dollars_per_million_input_tokens", "dollars_per_million_output_tokens"),
+            ),
+        }[self.by]
+        missing = [name for name in needed if getattr(self, name) is None]
+        if missing:
+            raise ValueError(f"by={self.by} needs {' and '.join(missing)}; set it, or set by to data")
+        return self
+
+
+class BenchmarkDataRecipe(_Values):
+    """A benchmark that no training record may show."""
+
+    path: str
+    """Paper silent; a folder, or an ``s3://`` prefix: its images at any depth, ``scenes.txt`` with a scene id a line,
+    ``questions.txt`` with a question a line; each of the three may be missing."""
 
 
 class DataRecipe(_Values):
@@ -105,7 +167,33 @@ class DataRecipe(_Values):
     max_image_pixels: PositiveInt = 40_000_000
     """Paper silent; we choose 40 megapixels as the bound against decompression bombs."""
     min_kept_fraction: Fraction = 0.5
-    """Paper silent; a source that loses more than half of its records stops the run: then the reader is wrong."""
+    """Paper silent; a source that loses more than half of its records stops the run: then the reader is wrong. Records
+    left out by choice (a cap, a licence, videos) do not count."""
+    video_frames: PositiveInt | None = None
+    """Paper: 32 frames on VSI-Bench, silent for training; so many frames at equal distances become the record's images.
+    null rejects records with videos."""
+    coordinate_answers: Literal["keep", "exclude"] = "exclude"
+    """Paper silent; OneThinker's answers in coordinates of another processor's pixels are left out, since mixed
+    conventions are silent damage."""
+    matching: MatchingRecipe = MatchingRecipe()
+    """Paper: appendix B, for multi-view records."""
+    license_policy: Literal["any", "non_commercial_ok", "commercial"] = "any"
+    """Paper silent; `commercial` keeps records whose licence is known to allow commercial use, `non_commercial_ok`
+    those whose licence is known, `any` all."""
+    near_duplicate_bits: int | None = Field(default=8, ge=0, le=16)
+    """Paper silent; records with equal question and answer whose images' 192-bit perceptual hashes differ in at most so
+    many bits an image are near duplicates; null keeps them. Re-encoding, blurring or resizing pictures moved 8 bits
+    or fewer in most cases, and no two of 800 different drawings were nearer than 20."""
+    benchmarks: Table[BenchmarkDataRecipe] = {}
+    """Paper silent; training records that show an image, a scene or a question of one of these are rejected."""
+    benchmark_image_bits: int = Field(default=8, ge=0, le=16)
+    """Paper silent; images whose perceptual hashes differ in at most so many of 192 bits are the same picture."""
+    benchmark_question_words: PositiveInt = 12
+    """Paper silent; a question that a benchmark asks only once and that has at least so many words betrays an item by
+    itself; shorter ones are templates, which many data sets share."""
+    max_drift: Fraction | None = 0.25
+    """Paper silent; if the same recipe finds data whose source mix, steps or lengths differ from the previous version
+    by more than this (total variation distance), the new corpus is not published. null publishes it."""
 
 
 class TinyModelRecipe(_Values):

@@ -46,6 +46,10 @@ class StageContext:
     """A folder that survives a kill, for checkpoints from which the next run of the same stage goes on."""
     progress: Progress
     """Bars, lines, metrics."""
+    cache: Path | None = None
+    """A folder that survives success as well, for what was paid for; nothing in `out` may depend on what it holds."""
+    previous: Path | None = None
+    """The published artifact that this one will replace, for comparing with; nothing in `out` may depend on it."""
 
 
 @dataclass(frozen=True)

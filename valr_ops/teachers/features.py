@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import PIL.Image
-import pyarrow.parquet as pq
 import torch
 from matplotlib.figure import Figure
 from safetensors import SafetensorError, safe_open
@@ -33,6 +32,7 @@ from torch.nn import functional as F
 
 from valr_ops.data.corpus import ImageStore
 from valr_ops.data.records import Box
+from valr_ops.data.sequences import Sequences, targets_of
 from valr_ops.store.artifacts import Check, StageContext, StageReport
 from valr_ops.store.progress import Progress
 from valr_ops.teachers.encoders import Teacher, load_teacher
@@ -162,7 +162,7 @@ def build_teacher_features(context: StageContext) -> StageReport:
         known = ", ".join(context.recipe.teachers)
         raise FeatureError(f"{context.stage} needs teachers.{name}, but the recipe has {known}; add it to params.yaml")
     targets = read_targets(context.inputs["latent_corpus"])
-    images = ImageStore(context.inputs["cot_corpus"] / "images.parquet")
+    images = ImageStore(context.inputs["cot_corpus"])
 
     started = time.monotonic()
     recipe = context.recipe.teachers[name]
@@ -225,18 +225,12 @@ def read_targets(latent_corpus: Path) -> list[Target]:
     """The distinct targets of all segments, sorted by digest and box.
 
     Raises:
-        FeatureError: there is none.
+        FeatureError: there is none. ShardError: the rewritten corpus is damaged.
     """
-    segments = pq.read_table(latent_corpus / "sequences.parquet", columns=["segments"])["segments"]
-    targets = {
-        _target(segment["digest"], segment["box"])
-        for row in segments.to_pylist()
-        for segment in row or ()
-        if segment["digest"] is not None
-    }
+    targets = {target for batch in Sequences(latent_corpus).batches() for target in targets_of(batch)}
     if not targets:
         raise FeatureError(
-            f"no segment in {latent_corpus / 'sequences.parquet'} has a target, so there is nothing to align to; "
+            f"no segment in {latent_corpus} has a target, so there is nothing to align to; "
             "look at the rejects of cot_corpus, or train with alignment.weight=0"
         )
     return sorted(targets, key=lambda target: (target[0], target[1] or ()))

@@ -20,9 +20,9 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save_file
 
-from valr_ops.data.batching import BatchingError, Collator, order, read_sequences
+from valr_ops.data.batching import Collator
 from valr_ops.data.corpus import ImageStore
-from valr_ops.data.rewriting import Sequence
+from valr_ops.data.sequences import Sequences, order
 from valr_ops.model import checkpoint
 from valr_ops.model.alignment import Projectors
 from valr_ops.model.qwen import check_block, load_model, save_model
@@ -34,7 +34,7 @@ from valr_ops.torchvision_guard import ensure_torchvision
 from valr_ops.training import launch, log, schedule
 from valr_ops.training.engine import Ranks, join_ranks, make_engine
 from valr_ops.training.objective import Counts, Figures, Objective
-from valr_ops.training.passes import Engine, check_finite, memory_errors_named, passes, rehearse
+from valr_ops.training.passes import Engine, TrainingError, check_finite, memory_errors_named, passes, rehearse
 from valr_ops.training.peak import peak
 from valr_ops.training.stop import StopSignals, TrainingInterrupted
 from valr_ops.training.windows import Windows
@@ -51,7 +51,8 @@ def build_stage1(context: StageContext) -> StageReport:
     """The stage `stage1_sft`: chain-of-thought fine-tuning without latents, from the base model.
 
     Raises:
-        TrainingError: a loss or a gradient is not finite, or the memory is too small.
+        TrainingError: no sequence to train on, a loss or a gradient is not finite, or the memory is too small.
+        ShardError: the rewritten corpus is damaged, and where.
         TrainingInterrupted: a signal came; the same call goes on from the checkpoint in ``context.work``.
         CheckpointError: the checkpoint in ``context.work`` is damaged or of another run.
         RecipeError: a recipe that does not fit the model or the machine.
@@ -147,9 +148,9 @@ def train(
                 )
 
 
-def validate(engine: Engine, objective: Objective, windows: Windows, sequences: list[Sequence]) -> dict[str, float]:
+def validate(engine: Engine, objective: Objective, windows: Windows, sequences: Sequences) -> dict[str, float]:
     """Loss and its parts over `sequences`, by ``validation/<name>``; nothing where there are none."""
-    if not sequences:
+    if not len(sequences):
         return {}
     figures: list[Figures] = []
     alone = Ranks(0, 1, engine.ranks.device)
@@ -196,12 +197,17 @@ def _build(context: StageContext, stage: Literal[1, 2], start: str) -> StageRepo
     groups = schedule.parameter_groups(model.parameters(), projectors.parameters() if projectors else (), training)
     engine = make_engine(objective, groups, training, ranks)
 
-    sequences = read_sequences(inputs["latent_corpus"], "train")
-    updates = schedule.updates(training, len(sequences), ranks.size)
+    sequences = Sequences(inputs["latent_corpus"], "train")
+    if not len(sequences):
+        raise TrainingError(
+            f"{inputs['latent_corpus']} has no sequence of the split train; look at rejects.jsonl there and in "
+            "cot_corpus"
+        )
+    updates = schedule.updates(training, sequences.visits(recipe.seed).per_epoch, ranks.size)
     if training.records is not None:
         # Fewer records, seen more often in the same number of updates (figure 3).
-        sequences = [sequences[place] for place in order(len(sequences), recipe.seed, 0)[: training.records]]
-    images = ImageStore(inputs["cot_corpus"] / "images.parquet")
+        sequences = sequences.taken(order(len(sequences), recipe.seed, 0)[: training.records])
+    images = ImageStore(inputs["cot_corpus"])
     windows = Windows(
         sequences,
         Collator(images, processor, recipe.latents if stage == 2 else None, max_length=recipe.data.max_length),
@@ -236,7 +242,10 @@ def _build(context: StageContext, stage: Literal[1, 2], start: str) -> StageRepo
         clock=clock,
         progress=progress,
     )
-    validation = validate(engine, objective, windows, _validation_sequences(inputs["latent_corpus"], progress))
+    held_out = Sequences(inputs["latent_corpus"], "validation")
+    if not len(held_out):
+        progress.say("no sequence is held out, so there is no validation loss (data.validation_fraction)")
+    validation = validate(engine, objective, windows, held_out)
     if ranks.first:
         # Tensors of their own in host memory: DeepSpeed's are views of one, which safetensors refuses.
         for parameter in model.parameters():
@@ -257,14 +266,6 @@ def _settings(recipe: Recipe, stage: int) -> dict[str, Any]:
         return {"stage": 1}
     slots = {"slots": recipe.latents.slots, "control_tokens": recipe.latents.control_tokens}
     return {"stage": 2, "block": recipe.alignment.block, **slots}
-
-
-def _validation_sequences(latent_corpus: Path, progress: Progress) -> list[Sequence]:
-    try:
-        return read_sequences(latent_corpus, "validation")
-    except BatchingError:
-        progress.say("no sequence is held out, so there is no validation loss (data.validation_fraction)")
-        return []
 
 
 def _report(

@@ -1,6 +1,6 @@
 """When and how fast: the number of updates, the learning rate of each, and AdamW's parameter groups.
 
-In: a stage's `TrainingRecipe` and the number of training sequences. Out: plain numbers and parameter groups.
+In: a stage's `TrainingRecipe` and the number of sequences in an epoch. Out: plain numbers and parameter groups.
 Always: everything is a pure function of the update's number, so that a resumed run needs no state from here.
 """
 
@@ -15,8 +15,10 @@ from torch import Tensor
 from valr_ops.recipe.recipe import TrainingRecipe
 
 
-def updates(recipe: TrainingRecipe, sequences: int, processes: int) -> int:
+def updates(recipe: TrainingRecipe, sequences: float, processes: int) -> int:
     """Number of optimizer updates: `epochs` passes rounded up to whole windows, at most `max_updates`.
+
+    A pass visits `sequences`, which is a fraction where the weights of the sources leave one.
 
     The paper's 450,000 records in windows of 2 x 16 x 4 are 3,516 updates (facts: 3,515.6).
     """

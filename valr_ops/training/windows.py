@@ -1,14 +1,15 @@
 """What the updates read: windows of micro-batches with their teacher features, prepared one ahead in a thread.
 
-In: sequences in memory, a collator, the feature stores. Out: for every update the micro-batches of this rank.
-Always: the records of update u are places u * n .. (u + 1) * n of the epochs' orders one behind the other, so windows
-are full, a resumed run needs only the number of the update, and the same records stand in a window for every
-micro-batch size and number of ranks. Within a window, records of like size share a micro-batch.
+In: the sequences of the rewritten corpus, a collator, the feature stores. Out: for every update the micro-batches of
+this rank.
+Always: the records of update u are the visits u * n .. (u + 1) * n of a run (`valr_ops.data.sequences.Visits`), so
+windows are full, a resumed run needs only the number of the update, and the same records stand in a window for every
+micro-batch size and number of ranks. Within a window, records of like size share a micro-batch; sizes are known without
+reading a record, and a record is read when its window is made.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import time
 from collections.abc import Iterator, Mapping
@@ -18,8 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from valr_ops.data.batching import IGNORED, Batch, Collator, order
-from valr_ops.data.rewriting import Sequence
+from valr_ops.data.batching import IGNORED, Batch, Collator
+from valr_ops.data.sequences import Sequence, Sequences
 from valr_ops.recipe.cost import Shape, batch_flops
 from valr_ops.teachers.features import FeatureStore
 from valr_ops.training.engine import Ranks
@@ -73,7 +74,7 @@ class Windows:
 
     def __init__(
         self,
-        sequences: list[Sequence],
+        sequences: Sequences,
         collate: Collator,
         stores: Mapping[str, FeatureStore],
         *,
@@ -86,20 +87,26 @@ class Windows:
         self._micro_batch, self._ranks = micro_batch, ranks
         self.records = micro_batch * accumulation * ranks.size
         """Number of records in the global window."""
-        self._order = functools.lru_cache(2)(functools.partial(order, len(sequences), seed))
+        self._visits = sequences.visits(seed)
 
-    def indices(self, update: int) -> list[int]:
-        """Places in the list of sequences of the records of one update, in the order in which they are drawn."""
-        places = range(update * self.records, (update + 1) * self.records)
-        return [self._order(place // len(self._sequences))[place % len(self._sequences)] for place in places]
+    def places(self, update: int) -> list[int]:
+        """Places among the sequences of the records of one update, in the order in which they are drawn."""
+        return self._visits.between(update * self.records, (update + 1) * self.records)
 
     def window(self, update: int) -> Window:
-        """The micro-batches of `update` that this rank computes; ranks take them in turn."""
+        """The micro-batches of `update` that this rank computes; ranks take them in turn.
+
+        Raises:
+            ShardError: a record of the window, of whatever rank, is damaged. BatchingError: as the collator.
+        """
+        drawn = self.places(update)
+        # In the order of the shards, so that neighbours are decoded together.
+        read = {place: self._sequences[place] for place in sorted(set(drawn))}
         digest = hashlib.sha256()
-        for index in self.indices(update):
-            digest.update(np.ascontiguousarray(self._sequences[index].input_ids, dtype=np.int32).tobytes())
+        for place in drawn:
+            digest.update(np.ascontiguousarray(read[place].input_ids, dtype=np.int32).tobytes())
         mine = self._micro_batches(update)[self._ranks.rank :: self._ranks.size]
-        return Window([self.share(sequences) for sequences in mine], digest.digest())
+        return Window([self.share([read[place] for place in places]) for places in mine], digest.digest())
 
     def heaviest(self, start: int, stop: int) -> Iterator[list[Share]]:
         """The worst that a rank computes in the updates `start` .. `stop` - 1, the same on every rank.
@@ -108,9 +115,9 @@ class Windows:
         segments, then by tokens, because either may need more memory.
         """
         sizes = {
-            (update, number): self._size(sequences)
+            (update, number): self._size(places)
             for update in range(start, stop)
-            for number, sequences in enumerate(self._micro_batches(update))
+            for number, places in enumerate(self._micro_batches(update))
         }
         by_work = {place: tokens * (1 + segments) for place, (tokens, segments) in sizes.items()}
         by_tokens = {place: tokens for place, (tokens, _) in sizes.items()}
@@ -119,7 +126,7 @@ class Windows:
             turn, rank = divmod(heaviest, self._ranks.size)
             window = self._micro_batches(update)[rank :: self._ranks.size]
             window.insert(0, window.pop(turn))
-            yield [self.share(sequences) for sequences in window]
+            yield [self.share([self._sequences[place] for place in places]) for places in window]
 
     def share(self, sequences: list[Sequence]) -> Share:
         """One micro-batch of `sequences`."""
@@ -130,14 +137,17 @@ class Windows:
         }
         return Share(batch, features)
 
-    def every(self, sequences: list[Sequence]) -> Iterator[list[Share]]:
+    def every(self, sequences: Sequences) -> Iterator[list[Share]]:
         """This rank's micro-batches of one pass over `sequences`, of like sizes, a window's worth at a time."""
-        near = sorted(sequences, key=_likeness)
+        near = sorted(range(len(sequences)), key=sequences.likeness)
         step = self._ranks.size * self._micro_batch
         starts = range(self._ranks.rank * self._micro_batch, len(near), step)
         per_window = self.records // step
         for first in range(0, len(starts), per_window):
-            yield [self.share(near[at : at + self._micro_batch]) for at in starts[first : first + per_window]]
+            yield [
+                self.share([sequences[place] for place in near[at : at + self._micro_batch]])
+                for at in starts[first : first + per_window]
+            ]
 
     def ahead(self, start: int, stop: int) -> Iterator[tuple[Window, float]]:
         """Windows `start` .. `stop` - 1 in order, each with the seconds that were spent waiting for it."""
@@ -151,18 +161,14 @@ class Windows:
                 coming = pool.submit(self.window, update + 1) if update + 1 < stop else None
                 yield window, waited
 
-    def _micro_batches(self, update: int) -> list[list[Sequence]]:
-        """All micro-batches of `update`, whoever computes them."""
-        drawn = sorted((self._sequences[index] for index in self.indices(update)), key=_likeness)
+    def _micro_batches(self, update: int) -> list[list[int]]:
+        """Places of all micro-batches of `update`, whoever computes them."""
+        drawn = sorted(self.places(update), key=self._sequences.likeness)
         return [drawn[start : start + self._micro_batch] for start in range(0, self.records, self._micro_batch)]
 
-    def _size(self, sequences: list[Sequence]) -> tuple[int, int]:
+    def _size(self, places: list[int]) -> tuple[int, int]:
         """Tokens, slots included, and segments of a micro-batch; stage 1 leaves out the two markers of each segment."""
         latents = self._collate.latents
-        segments = sum(len(sequence.segments) for sequence in sequences)
-        tokens = sum(len(sequence.input_ids) for sequence in sequences)
+        segments = int(self._sequences.segments[places].sum())
+        tokens = int(self._sequences.lengths[places].sum())
         return (tokens + segments * latents.fed_slots, segments) if latents else (tokens - 2 * segments, 0)
-
-
-def _likeness(sequence: Sequence) -> tuple[int, int, str]:
-    return len(sequence.segments), len(sequence.input_ids), sequence.id

@@ -2,53 +2,72 @@
 
 In: the recipe's sources, and the artifact `sources` that holds the drawn ones.
 Out: a stream of `Record | Rejection` in the order of the files.
-Always: a reader never stops at a bad record; it stops with a `SourceError` where there is nothing to read. Ids begin
-with the source's name and are unique in a stream that went through a `Screen`.
+Always: a reader never stops at a bad record; it stops with a `SourceError` where there is nothing to read. Several
+processes share a source by blocks of rows, and together they read what one would.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from itertools import islice
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from valr_ops.data.records import BadRecord, Record, Rejection, SourceError, Split
+from valr_ops.data.sources import cogcom, gcot, jsonl, monet, onethinker, refocus, visual_cot, zebra_cot
+from valr_ops.data.sources.reading import Format, Reading, Row
+from valr_ops.recipe.recipe import DataRecipe, Recipe, SourceRecipe
+from valr_ops.store.objects import StorageError, is_remote
 
-from valr_ops.data.records import REASONS, Record, Rejection, SourceError, Split, Step
-from valr_ops.data.sources import jsonl, visual_cot, zebra_cot
-from valr_ops.recipe.recipe import DataRecipe, Recipe
-
-__all__ = [
-    "SPLITS",
-    "Screen",
-    "SourceCheck",
-    "SourceError",
-    "check",
-    "folder",
-    "format_of",
-    "probe",
-    "read",
-    "read_source",
-]
-
-READERS = {"jsonl": jsonl.read, "visual_cot": visual_cot.read, "zebra_cot": zebra_cot.read}
-"""Reader of each format: ``read(folder, source, recipe, split)``."""
+FORMATS: Mapping[str, Format] = {
+    "zebra_cot": zebra_cot,
+    "monet": monet,
+    "cogcom": cogcom,
+    "refocus": refocus,
+    "visual_cot": visual_cot,
+    "gcot": gcot,
+    "onethinker": onethinker,
+    "jsonl": jsonl,
+}
+"""The module of each format."""
 
 SPLITS: tuple[Split, ...] = ("test", "train", "validation")
-"""In the order in which they have to be read, see `Screen`."""
+"""In the order in which a report names them."""
+
+BLOCK_ROWS = 256
+"""Rows that one process takes at a time."""
 
 DRAWN_LICENSE = "Apache-2.0"
 """Licence of drawn scenes, whatever public format they are written in: the project's own."""
 
 
-def folder(name: str, recipe: Recipe, sources_artifact: Path) -> Path:
-    """Folder (or file) of a source: the user's where the recipe gives a path, else the one drawn by stage `sources`.
+@dataclass(frozen=True)
+class Share:
+    """The blocks of rows that one of several processes reads."""
+
+    index: int = 0
+    count: int = 1
+
+    def has(self, number: int) -> bool:
+        """Whether the row of that number is in it."""
+        return number // BLOCK_ROWS % self.count == self.index
+
+
+@dataclass(frozen=True)
+class Read:
+    """One row, and what became of it."""
+
+    number: int
+    """Of the row in its source."""
+    where: str
+    """File and place, for people."""
+    split: Split
+    item: Record | Rejection
+
+
+def folder(name: str, recipe: Recipe, sources_artifact: Path) -> str:
+    """Location of a source: the user's where the recipe gives a path, else the folder drawn by stage `sources`.
 
     Raises:
         SourceError: the recipe has no such source.
@@ -57,24 +76,65 @@ def folder(name: str, recipe: Recipe, sources_artifact: Path) -> Path:
         known = ", ".join(sorted(recipe.data.sources)) or "none"
         raise SourceError(f"there is no source {name!r} in data.sources; known: {known}")
     path = recipe.data.sources[name].path
-    return sources_artifact / name if path is None else Path(path).expanduser()
+    if path is None:
+        return str(sources_artifact / name)
+    return path if is_remote(path) else str(Path(path).expanduser())
 
 
-def read(
-    path: Path, source: str, format_name: str, recipe: DataRecipe, split: Split | None = None
-) -> Iterator[Record | Rejection]:
-    """Records and rejections of one folder or file in its format, in order.
+def opened(name: str, recipe: Recipe, sources_artifact: Path) -> Reading:
+    """One of the recipe's sources, ready to be read. Raises `SourceError`: no such source, or no such location."""
+    settings = recipe.data.sources[name] if name in recipe.data.sources else SourceRecipe(format="jsonl")
+    location = folder(name, recipe, sources_artifact)
+    if settings.path is None:
+        settings = settings.model_copy(update={"license": DRAWN_LICENSE})
+    return located(name, location, recipe.data, settings)
+
+
+def located(name: str, location: str, recipe: DataRecipe, settings: SourceRecipe) -> Reading:
+    """A location as a source called `name`. Raises `SourceError` where there is nothing."""
+    mend = f"put the data there or correct data.sources.{name}.path (a relative path counts from the folder in which "
+    mend += "the command runs)"
+    if not is_remote(location):
+        path = Path(location)
+        if not path.exists() or (path.is_dir() and next(path.iterdir(), None) is None):
+            state = "is empty" if path.exists() else "does not exist"
+            raise SourceError(f"source {name!r}: {location} {state}; {mend}")
+    try:
+        return Reading.of(name, location, recipe, settings)
+    except StorageError as error:
+        raise SourceError(f"source {name!r}: {error}; {mend}") from None
+
+
+def read(reading: Reading, share: Share = Share(), splits: tuple[Split, ...] = SPLITS) -> Iterator[Read]:
+    """What became of every row of a share, in order; at most `limit` rows of each split.
 
     Raises:
-        SourceError: the path is missing or empty, or holds nothing in that format.
+        SourceError: no file of the format, or one that can't be read to its end.
     """
-    if not path.exists() or (path.is_dir() and next(path.iterdir(), None) is None):
-        state = "is empty" if path.exists() else "does not exist"
-        raise SourceError(
-            f"source {source!r}: {path} {state}; put the data there or correct data.sources.{source}.path "
-            "(a relative path counts from the folder in which the command runs)"
-        )
-    yield from READERS[format_name](path, source, recipe, split)
+    form, limit = FORMATS[reading.settings.format], reading.settings.limit
+    seen: Counter[Split] = Counter()
+    try:
+        for row in form.rows(reading, share.has):
+            seen[row.split] += 1
+            over = limit is not None and seen[row.split] > limit
+            if not over and row.split in splits and share.has(row.number):
+                yield Read(row.number, row.where, row.split, item_of(row, form, reading))
+    except StorageError as error:
+        raise SourceError(f"source {reading.source!r}: {error}") from None
+
+
+def item_of(row: Row, form: Format, reading: Reading) -> Record | Rejection:
+    """What the reader makes of one row."""
+    identity = f"{reading.source}/{row.where}"
+    try:
+        raw = row.load()
+        identity = form.identity(raw, row, reading)
+        record = form.record(raw, row, identity, reading)
+    except BadRecord as bad:
+        return Rejection(identity, reading.source, bad.reason, f"{row.where}, {bad.detail}")
+    # What is drawn carries the project's licence, whatever the public format's data set has.
+    drawn = reading.settings.path is None and reading.settings.license
+    return dataclasses.replace(record, license=drawn) if drawn and record.license != drawn else record
 
 
 def read_source(name: str, recipe: Recipe, sources_artifact: Path, split: Split) -> Iterator[Record | Rejection]:
@@ -83,184 +143,53 @@ def read_source(name: str, recipe: Recipe, sources_artifact: Path, split: Split)
     Raises:
         SourceError: no such source, or nothing to read in it.
     """
-    path = folder(name, recipe, sources_artifact)
-    settings = recipe.data.sources[name]
-    for item in islice(read(path, name, settings.format, recipe.data, split), settings.limit):
-        if isinstance(item, Record) and settings.path is None:
-            item = dataclasses.replace(item, license=DRAWN_LICENSE)
-        yield item
+    return (one.item for one in read(opened(name, recipe, sources_artifact), splits=(split,)))
 
 
 def probe(name: str, recipe: Recipe, sources_artifact: Path) -> None:
-    """Read the first item of a source, so that a wrong path or format stops the run at once.
+    """Read the first row of a source, so that a wrong path or format stops the run at once.
 
     Raises:
         SourceError: nothing to read.
     """
-    path = folder(name, recipe, sources_artifact)
-    format_name = recipe.data.sources[name].format
-    if next(read(path, name, format_name, recipe.data), None) is None:
+    opening = opened(name, recipe, sources_artifact)
+    if next(read(opening), None) is None:
         raise SourceError(
-            f"source {name!r}: {path} has annotation files of format {format_name}, but no record in them"
+            f"source {name!r}: {opening.files.location} has annotation files of format {opening.settings.format}, but "
+            "no record in them"
         )
 
 
-class Screen:
-    """What a record can't tell about itself: whether it was seen before, and whether a benchmark shows its image.
-
-    Test records have to be shown first. Duplicates are looked for among all training and validation records, and among
-    the test records of each source.
-    """
-
-    def __init__(self) -> None:
-        self._ids: set[tuple[str, str]] = set()
-        self._contents: dict[tuple[str, bytes], str] = {}
-        self._test_images: set[str] = set()
-
-    def check(self, item: Record | Rejection) -> Record | Rejection:
-        """`item`, or a `Rejection` (`benchmark_image`, `duplicate_id`, `duplicate_content`) in its place."""
-        if isinstance(item, Rejection):
-            return item
-        among = f"test of {item.source}" if item.split == "test" else "corpus"
-        if item.split == "test":
-            self._test_images |= {image.digest for image in item.images}
-        else:
-            for number, image in enumerate(item.images):
-                if image.digest in self._test_images:
-                    detail = f"image {number} ({image.digest[:12]}) stands in a test split as well"
-                    return Rejection(item.id, item.source, "benchmark_image", detail)
-        if (among, item.id) in self._ids:
-            return Rejection(item.id, item.source, "duplicate_id", "an earlier record has this id")
-        content = (among, _content_digest(item))
-        if content in self._contents:
-            same = self._contents[content]
-            return Rejection(item.id, item.source, "duplicate_content", f"same images, question and answer as {same}")
-        self._ids.add((among, item.id))
-        self._contents[content] = item.id
-        return item
-
-
-def _content_digest(record: Record) -> bytes:
-    digest = hashlib.sha256()
-    for part in (*(image.digest for image in record.images), record.question, record.answer):
-        digest.update(hashlib.sha256(part.encode()).digest())
-    return digest.digest()
-
-
-@dataclass
-class SourceCheck:
-    """What a folder or file holds, without making anything of it."""
-
-    format: str
-    read: int = 0
-    kept: int = 0
-    splits: Counter[str] = field(default_factory=Counter)
-    """Kept records by split."""
-    reasons: Counter[str] = field(default_factory=Counter)
-    """Rejected records by reason code."""
-    examples: dict[str, str] = field(default_factory=dict)
-    """First rejection of each reason: where, and what is wrong."""
-    first: list[Record] = field(default_factory=list)
-    """The first kept records, of the training split if there is one."""
-
-
-def format_of(path: Path) -> str:
-    """The format that the file names below `path` suggest; the reader then checks every record.
+def format_of(location: str) -> str:
+    """The format that the file names below a location suggest; the reader then checks every record.
 
     Raises:
         SourceError: nothing that looks like one of the formats.
     """
-    for format_name, suffix, deep in (
-        ("jsonl", ".jsonl", ""),
-        ("visual_cot", ".json", ""),
-        ("zebra_cot", ".parquet", "**/"),
-    ):
-        if path.suffix == suffix if path.is_file() else any(path.glob(f"{deep}*{suffix}")):
+    path = Path(location)
+    if not is_remote(location) and not path.exists():
+        raise SourceError(f"{location} does not exist; give a folder with train.jsonl, or a .jsonl file")
+    try:
+        names = [path.name] if path.is_file() else Reading.of("data", location, DataRecipe(), _ANY).files.names()
+    except StorageError as error:
+        raise SourceError(str(error)) from None
+    tests = (
+        ("jsonl", lambda name: name.endswith(".jsonl") and "/" not in name),
+        ("onethinker", lambda name: name.rsplit("/", 1)[-1].startswith("onethinker") and name.endswith(".json")),
+        ("monet", lambda name: name.count("/") == 1 and name.endswith("/train.json")),
+        ("zebra_cot", lambda name: name.endswith(".parquet")),
+        ("cogcom", lambda name: name.endswith((".tar", ".tar.gz", ".tgz"))),
+        ("refocus", lambda name: name.endswith(".json") and "refocus" in name.lower()),
+        ("gcot", lambda name: name.endswith(".json") and "gcot" in name.lower()),
+        ("visual_cot", lambda name: name.endswith(".json") and "/" not in name),
+    )
+    for format_name, fits in tests:
+        if any(map(fits, names)):
             return format_name
-    state = "holds no .jsonl, .json or .parquet file" if path.exists() else "does not exist"
-    raise SourceError(f"{path} {state}; give a folder with train.jsonl, a .jsonl file, or one of the public layouts")
-
-
-def check(path: Path, recipe: DataRecipe, format_name: str | None = None, shown: int = 3) -> SourceCheck:
-    """Read everything below `path` and count what the stage `cot_corpus` would keep; for the verb ``check-data``.
-
-    Args:
-        path: folder or file.
-        recipe: limits on images and steps.
-        format_name: one of `READERS`; None to go by the file names.
-        shown: number of records to keep for a preview.
-
-    Raises:
-        SourceError: nothing to read.
-    """
-    result = SourceCheck(format=format_name or format_of(path))
-    source = path.resolve().parent.name if path.is_file() else path.resolve().name
-    screen = Screen()
-    kept: dict[Split, list[Record]] = {}
-    for split in SPLITS:
-        for item in map(screen.check, read(path, source, result.format, recipe, split)):
-            result.read += 1
-            if isinstance(item, Rejection):
-                result.reasons[item.reason] += 1
-                result.examples.setdefault(item.reason, item.detail)
-                continue
-            result.kept += 1
-            result.splits[split] += 1
-            if len(kept.setdefault(split, [])) < shown:
-                kept[split].append(item)
-    result.first = kept.get("train") or kept.get("validation") or kept.get("test") or []
-    if not result.read:
-        raise SourceError(f"{path} has annotation files of format {result.format}, but no record in them")
-    return result
-
-
-def check_and_show(path: Path, recipe: Recipe, last_line: Callable[..., None]) -> int:
-    """The verb ``check-data``: print counts, reasons and the first records.
-
-    Args:
-        path: folder or file.
-        recipe: its `data` part gives the limits.
-        last_line: prints the closing line of JSON.
-
-    Returns:
-        the exit status: 0, or 3 where a record was rejected.
-
-    Raises:
-        SourceError: nothing to read.
-    """
-    result = check(path, recipe.data)
-    console = Console()
-    counts = Table(
-        "split", "kept", title=f"{path}: format {result.format}, {result.kept} of {result.read} records kept"
+    raise SourceError(
+        f"{location} holds no .jsonl, .json, .parquet or .tar file; give a folder with train.jsonl, a .jsonl file, or "
+        "one of the public layouts"
     )
-    for split, number in sorted(result.splits.items()):
-        counts.add_row(split, str(number))
-    console.print(counts)
-    if result.reasons:
-        rejected = Table("reason", "records", "rule", "first", title="Rejected")
-        for reason, number in result.reasons.most_common():
-            rejected.add_row(reason, str(number), REASONS[reason], escape(result.examples[reason]))
-        console.print(rejected)
-    if result.first:
-        records = Table("id", "images", "question", "steps", "answer", title="First records")
-        for record in result.first:
-            images = ", ".join(f"{image.width}x{image.height}" for image in record.images)
-            steps = "\n".join(_with_target(step) for step in record.steps)
-            records.add_row(*map(escape, (record.id, images, record.question, steps, record.answer)))
-        console.print(records)
-    last_line(
-        path=str(path),
-        format=result.format,
-        read=result.read,
-        kept=result.kept,
-        splits=dict(sorted(result.splits.items())),
-        rejected=dict(sorted(result.reasons.items())),
-    )
-    return 3 if result.reasons else 0
 
 
-def _with_target(step: Step) -> str:
-    if step.target is None:
-        return step.text
-    box = f" {list(step.target.box)}" if step.target.box else ""
-    return f"{step.text} → image {step.target.image}{box}"
+_ANY = SourceRecipe(format="jsonl")

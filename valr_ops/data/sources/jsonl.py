@@ -4,7 +4,7 @@
      "steps": [{"text": "...", "image": 0, "box": [0, 0, 100, 100]}], "answer": "..."}
 
 In: a folder with ``train.jsonl`` (also ``validation.jsonl``, ``test.jsonl``), or one ``.jsonl`` file whose name says
-its split (``train`` for any other name). Out: records in file order.
+its split (``train`` for any other name). Out: records in file order, the test split first.
 Always: image paths stay below the folder of the file; a step names a target by ``image`` (an index) and optionally
 ``box`` in pixels; where a record has one image, a step that names none looks at that one, unless it says
 ``"image": null``. An image shown inside the reasoning is ``{"path": "...", "role": "step"}``. Unknown keys are refused,
@@ -14,17 +14,13 @@ so that a typing error can't remove a target; ``metadata`` is free for anything.
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
-from valr_ops.data.images import ImageLimits, read_image, resolve
 from valr_ops.data.records import (
     BadRecord,
     Image,
     Record,
-    Rejection,
     SourceError,
     Split,
     Step,
@@ -34,144 +30,101 @@ from valr_ops.data.records import (
     check_text,
     shortened,
 )
-from valr_ops.recipe.recipe import DataRecipe
+from valr_ops.data.sources.reading import Reading, Row, Wanted, json_lines, required
+from valr_ops.store.objects import StorageError
 
-SPLITS: tuple[Split, ...] = ("train", "validation", "test")
-"""Names of the files, without ``.jsonl``."""
+LICENSE = "unknown"
+"""Of a record that names none."""
 
-_RECORD_KEYS = {"id", "source", "license", "split", "images", "question", "steps", "answer", "metadata"}
+SPLITS: tuple[Split, ...] = ("test", "train", "validation")
+"""Names of the files, without ``.jsonl``, in the order in which they are read."""
+
+_RECORD_KEYS = {"id", "source", "license", "split", "images", "question", "steps", "answer", "scene", "metadata"}
 _STEP_KEYS = {"text", "image", "box", "metadata"}
 
 
-def read(folder: Path, source: str, recipe: DataRecipe, split: Split | None = None) -> Iterator[Record | Rejection]:
-    """Records and rejections in file order.
-
-    Args:
-        folder: a folder with ``train.jsonl``, or a ``.jsonl`` file.
-        source: name that every id begins with.
-        recipe: limits on images and steps.
-        split: only that one; None for all, in the order of `SPLITS`.
-
-    Raises:
-        SourceError: no such folder, or no annotation file in it.
-    """
-    for name, path in annotation_files(folder, source).items():
-        if split in (None, name):
-            yield from _read_file(path, source, recipe, name)
+def rows(reading: Reading, wanted: Wanted) -> Iterator[Row]:
+    """The lines of all splits. Raises `SourceError` where there is no annotation file."""
+    number = 0
+    for split, name in annotation_files(reading).items():
+        for line_number, load in json_lines(reading, name):
+            yield Row(number, f"{name} line {line_number}", split, load)
+            number += 1
 
 
-def annotation_files(folder: Path, source: str) -> dict[Split, Path]:
+def annotation_files(reading: Reading) -> dict[Split, str]:
     """The files to read, by split.
 
     Raises:
         SourceError: there is none.
     """
-    if folder.is_file():
-        named = [name for name in SPLITS if folder.stem == name]
-        return {named[0] if named else "train": folder}
-    found = {name: folder / f"{name}.jsonl" for name in SPLITS if (folder / f"{name}.jsonl").is_file()}
+    if reading.only is not None:
+        stem = reading.only.removesuffix(".jsonl")
+        return {next((split for split in SPLITS if split == stem), "train"): reading.only}
+    try:
+        there = reading.files.names(".jsonl")
+    except StorageError as error:
+        raise SourceError(f"source {reading.source!r}: {error}; {reading.mend}") from None
+    found = {split: f"{split}.jsonl" for split in SPLITS if f"{split}.jsonl" in there}
     if not found:
-        there = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) if folder.is_dir() else "no such folder"
+        shown = ", ".join(reading.files.names()[:8]) or "nothing"
         raise SourceError(
-            f"source {source!r}: no train.jsonl or test.jsonl in {folder} (there: {there or 'nothing'}); put the "
-            f"records there, one JSON object a line, or correct data.sources.{source}.path"
+            f"source {reading.source!r}: no train.jsonl or test.jsonl in {reading.files.location} (there: {shown}); "
+            f"put the records there, one JSON object a line, or correct data.sources.{reading.source}.path"
         )
     return found
 
 
-def image_paths(path: Path) -> list[Path]:
-    """The image files that a JSONL file names and that exist below its folder, sorted; for an inventory."""
-    found = set()
-    with path.open("rb") as lines:
-        for line in lines:
-            try:
-                for entry in json.loads(line)["images"]:
-                    name = entry["path"] if isinstance(entry, dict) else entry
-                    resolve(path.parent, name, "")
-                    found.add(path.parent / name)
-            except (ValueError, KeyError, TypeError, RecursionError, BadRecord):
-                # The reader gives each of these its reason code; an inventory only lists what can be read.
-                continue
-    return sorted(found)
-
-
-def _read_file(path: Path, source: str, recipe: DataRecipe, split: Split) -> Iterator[Record | Rejection]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            where = f"{path.name} line {number}"
-            if not line.strip():
-                continue
-            row: dict[str, Any] = {}
-            try:
-                row = _parse(line)
-                yield _record(row, path.parent, source, recipe, split)
-            except BadRecord as bad:
-                yield Rejection(_identity(row, source, where), source, bad.reason, f"{where}, {bad.detail}")
-
-
-def _identity(row: Mapping[str, Any], source: str, where: str) -> str:
-    try:
-        return _record_id(row, source)
-    except BadRecord:
-        return f"{source}/{where}"
-
-
-def _parse(line: bytes) -> dict[str, Any]:
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise BadRecord("not_utf8", f"byte {error.start} of the line") from None
-    except json.JSONDecodeError as error:
-        raise BadRecord("not_json", f"column {error.colno}: {error.msg}: {shortened(line.decode())}") from None
-    except (ValueError, RecursionError) as error:
-        # An integer of thousands of digits, or thousands of nested brackets.
-        raise BadRecord("not_json", f"{type(error).__name__}: {shortened(line.decode())}") from None
-    if not isinstance(row, dict):
-        raise BadRecord("not_json", f"expected an object, found {type(row).__name__} {shortened(row)}")
-    return row
-
-
-def _record(row: dict[str, Any], root: Path, source: str, recipe: DataRecipe, split: Split) -> Record:
-    _refuse_unknown(row, _RECORD_KEYS, "the record")
-    identity = _record_id(row, source)
-    if row.get("split", split) != split:
-        raise BadRecord("split_not_train", f"split: {shortened(row['split'])} in the file of split {split}")
-    question = check_text(_required(row, "question"), "question", "empty_question")
-    answer = check_text(_required(row, "answer"), "answer", "empty_answer")
-    limits = ImageLimits(recipe.min_image_side, recipe.max_image_pixels)
-    entries = _required(row, "images")
-    if not isinstance(entries, list):
-        raise BadRecord("schema_mismatch", f"images: expected a list of paths, found {shortened(entries)}")
-    steps = row.get("steps", [])
-    if not isinstance(steps, list):
-        raise BadRecord("schema_mismatch", f"steps: expected a list of objects, found {shortened(steps)}")
-    images = tuple(_image(entry, root, limits, f"images[{i}]") for i, entry in enumerate(entries))
-    record = Record(
-        id=identity,
-        source=source,
-        license=check_text(row.get("license", "unknown"), "license", "schema_mismatch"),
-        split=split,
-        kind=_kind(images),
-        question=question,
-        images=images,
-        steps=tuple(_step(step, images, f"steps[{i}]", recipe.min_image_side) for i, step in enumerate(steps)),
-        answer=answer,
+def image_names(raw: dict[str, Any]) -> list[str]:
+    """The image files that a line names, for an inventory; what can't be read the reader rejects with its reason."""
+    entries = raw.get("images")
+    named = (
+        [entry.get("path") if isinstance(entry, dict) else entry for entry in entries if entry]
+        if (isinstance(entries, list))
+        else []
     )
-    return check_record(record, recipe.max_steps)
+    return [name for name in named if isinstance(name, str)]
 
 
-def _record_id(row: Mapping[str, Any], source: str) -> str:
-    identity = _required(row, "id")
+def identity(raw: dict[str, Any], row: Row, reading: Reading) -> str:
+    """The line's ``id`` behind the source's name."""
+    identity = required(raw, "id")
     if isinstance(identity, int) and not isinstance(identity, bool):
         identity = str(identity)
     identity = check_text(identity, "id", "schema_mismatch")
-    return identity if identity.startswith(f"{source}/") else f"{source}/{identity}"
+    return identity if identity.startswith(f"{reading.source}/") else f"{reading.source}/{identity}"
 
 
-def _required(row: Mapping[str, Any], key: str) -> Any:
-    if key not in row:
-        raise BadRecord("schema_mismatch", f"{key}: missing; the keys are {shortened(', '.join(sorted(row)))}")
-    return row[key]
+def record(raw: dict[str, Any], row: Row, identity: str, reading: Reading) -> Record:
+    """The record of one line."""
+    if not raw.keys() <= _RECORD_KEYS:
+        _refuse_unknown(raw, _RECORD_KEYS, "the record")
+    if raw.get("split", row.split) != row.split:
+        raise BadRecord("split_not_train", f"split: {shortened(raw['split'])} in the file of split {row.split}")
+    question = check_text(required(raw, "question"), "question", "empty_question")
+    answer = check_text(required(raw, "answer"), "answer", "empty_answer")
+    entries = required(raw, "images")
+    if not isinstance(entries, list):
+        raise BadRecord("schema_mismatch", f"images: expected a list of paths, found {shortened(entries)}")
+    steps = raw.get("steps", [])
+    if not isinstance(steps, list):
+        raise BadRecord("schema_mismatch", f"steps: expected a list of objects, found {shortened(steps)}")
+    images = tuple(_image(entry, reading, f"images[{i}]") for i, entry in enumerate(entries))
+    scene = raw.get("scene")
+    least = reading.recipe.min_image_side
+    record = Record(
+        id=identity,
+        source=reading.source,
+        license=check_text(raw.get("license", reading.license(LICENSE)), "license", "schema_mismatch"),
+        split=row.split,
+        kind=_kind(images),
+        question=question,
+        images=images,
+        steps=tuple(_step(step, images, f"steps[{i}]", least) for i, step in enumerate(steps)),
+        answer=answer,
+        scene=None if scene is None else check_text(scene, "scene", "schema_mismatch"),
+    )
+    return check_record(record, reading.recipe.max_steps)
 
 
 def _refuse_unknown(row: Mapping[str, Any], known: set[str], where: str) -> None:
@@ -182,14 +135,14 @@ def _refuse_unknown(row: Mapping[str, Any], known: set[str], where: str) -> None
         raise BadRecord("schema_mismatch", f"{where} has the unknown key {shortened(unknown[0])!r}; {hint}")
 
 
-def _image(entry: object, root: Path, limits: ImageLimits, where: str) -> Image:
+def _image(entry: object, reading: Reading, where: str) -> Image:
     if isinstance(entry, dict):
         _refuse_unknown(entry, {"path", "role"}, where)
         role = entry.get("role", "input")
         if role not in ("input", "step"):
             raise BadRecord("schema_mismatch", f"{where}.role: {shortened(role)} is neither 'input' nor 'step'")
-        return read_image(root, entry.get("path"), role, limits, where)
-    return read_image(root, entry, "input", limits, where)
+        return reading.image(entry.get("path"), role, where)
+    return reading.image(entry, "input", where)
 
 
 def _kind(images: tuple[Image, ...]) -> Any:
@@ -202,7 +155,7 @@ def _step(step: object, images: tuple[Image, ...], where: str, min_side: int) ->
     if not isinstance(step, dict):
         raise BadRecord("schema_mismatch", f"{where}: expected an object with 'text', found {shortened(step)}")
     _refuse_unknown(step, _STEP_KEYS, where)
-    text = check_text(_required(step, "text"), f"{where}.text", "empty_reasoning")
+    text = check_text(required(step, "text"), f"{where}.text", "empty_reasoning")
     index, box = step.get("image"), step.get("box")
     only_image = "image" not in step and len(images) == 1
     if only_image:

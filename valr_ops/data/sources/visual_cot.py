@@ -1,43 +1,47 @@
-"""Visual-CoT: one JSON array, four conversation turns, one box.
+"""Visual-CoT: JSON arrays of questions whose answer lies in a box of the image.
 
-In: a folder with ``*.json`` (each an array) and the images it names:
+In: a folder with ``*.json`` (each an array) and the images it names, in the data set's own form, or in the form that
+VincentLeebang/lvr gives it:
 
     {"question_id": 9001, "dataset": "textvqa", "split": "train", "width": 1024, "height": 683,
      "image": ["cot/textvqa/abc.jpg", "cot/textvqa/abc.jpg###[412, 130, 655, 298]"],
      "conversations": [{"from": "human", "value": "<image>\\nWhat is the brand? Please provide the bounding box ..."},
                        {"from": "gpt", "value": "[0.402, 0.294, 0.640, 0.458]"},
                        {"from": "human", "value": "<image>"}, {"from": "gpt", "value": "Acme"}]}
+    {"question_id": 9001, "dataset": "textvqa", "split": "train", "image": ["cot/textvqa/abc.jpg"],
+     "bboxes": [[0.402, 0.190, 0.640, 0.436]],
+     "conversations": [{"from": "human", "value": "<image>\\nWhat is the brand?"},
+                       {"from": "gpt", "value": "<lvr>\\n<answer>Acme</answer>"}]}
 
-Out: records of one step in file order; its target is the box's crop.
+Out: records in file order, a step a box, whose target is the box's crop.
 Always: the box in pixels and the assistant's box, normalised to the image padded to a square, agree, or the record is
-rejected. The step's text is ``cot_with_detailed_reasoning_steps`` where there is one, else `TEMPLATE_STEP`. The array
-is read element by element: the public file has 345 MB.
+rejected; ``bboxes`` are normalised to the image itself. A step's text is ``cot_with_detailed_reasoning_steps``, or what
+follows ``<lvr>``, where there is any, else `TEMPLATE_STEP`. The array is read element by element: the public file has
+345 MB.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-from valr_ops.data.images import ImageLimits, read_image
 from valr_ops.data.records import (
     BadRecord,
     Box,
+    Image,
     Record,
-    Rejection,
-    SourceError,
     Split,
     Step,
     Target,
     check_box,
     check_record,
     check_text,
+    is_finite_number,
     shortened,
 )
-from valr_ops.recipe.recipe import DataRecipe
+from valr_ops.data.sources.reading import Reading, Row, Wanted, json_array, mapping_of, required
 
 LICENSE = "Apache-2.0"
 """Tag of the public data set; its images keep their own terms."""
@@ -45,158 +49,109 @@ LICENSE = "Apache-2.0"
 TEMPLATE_STEP = "I look at the region that answers the question."
 """Text of the step where the source gives none."""
 
-_REQUEST = re.compile(r"\s*please provide the bounding box coordinates? of the region\b.*", re.IGNORECASE | re.DOTALL)
+_REQUEST = re.compile(r"please provide the bounding box coordinates? of the region\b.*", re.IGNORECASE | re.DOTALL)
 _NUMBER = r"\s*(-?\d{1,9}(?:\.\d{1,18})?)\s*"
 _BOX = re.compile(rf"\s*\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]\s*")
-_CHUNK = 1 << 20
+_UNTAGGED = r"(?:(?!</?answer>).)*"
+_ANSWER = re.compile(rf"(?P<reasoning>{_UNTAGGED})<answer>(?P<answer>{_UNTAGGED})</answer>\s*", re.DOTALL)
 _SPLITS: dict[str, Split] = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
 
 
-def read(folder: Path, source: str, recipe: DataRecipe, split: Split | None = None) -> Iterator[Record | Rejection]:
-    """Records and rejections in file order.
-
-    Args:
-        folder: a folder with ``*.json``, or one such file; image paths are relative to it.
-        source: name that every id begins with.
-        recipe: limits on images and steps.
-        split: only that one; None for all. For ``train``, a record of another split is a rejection.
-
-    Raises:
-        SourceError: no JSON file, or one that is no array.
-    """
-    root = folder.parent if folder.is_file() else folder
-    paths = [folder] if folder.is_file() else sorted(folder.glob("*.json"))
-    if not paths:
-        raise SourceError(
-            f"source {source!r}: no .json file in {folder}; put the annotations of Visual-CoT there or correct "
-            f"data.sources.{source}.path"
-        )
-    for path in paths:
-        for number, row in enumerate(_elements(path, source)):
-            where = f"{path.name} element {number}"
-            identity = f"{source}/{where}"
-            try:
-                if not isinstance(row, dict):
-                    raise BadRecord("schema_mismatch", f"expected an object, found {shortened(row)}")
-                of = _split(row)
-                if split in ("validation", "test") and of != split:
-                    continue
-                identity = f"{source}/{_text(row, 'dataset')}/{_question_id(row)}"
-                if split == "train" and of != "train":
-                    raise BadRecord("split_not_train", f"split: {of}")
-                yield _record(row, identity, root, source, recipe, of)
-            except BadRecord as bad:
-                yield Rejection(identity, source, bad.reason, f"{where}, {bad.detail}")
-
-
-def _elements(path: Path, source: str) -> Iterator[Any]:
-    """The elements of a JSON array, one at a time."""
-    decoder = json.JSONDecoder()
+def rows(reading: Reading, wanted: Wanted) -> Iterator[Row]:
+    """The elements of all arrays; each says its split. Raises `SourceError`: no JSON file, or one that is no array."""
     number = 0
-
-    def broken(what: str) -> SourceError:
-        return SourceError(
-            f"source {source!r}: {path.name}, element {number}: {what} (not_json); Visual-CoT is one JSON array: fetch "
-            "the file again, or correct the path"
-        )
-
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            chunk = _CHUNK
-            buffer = file.read(chunk).lstrip()
-            if not buffer.startswith("["):
-                raise broken(f"expected '[', found {shortened(buffer[:20])!r}")
-            buffer = buffer[1:].lstrip()
-            while True:
-                try:
-                    if buffer.startswith("]"):
-                        return
-                    value, end = decoder.raw_decode(buffer)
-                    if end == len(buffer):
-                        raise json.JSONDecodeError("the element may go on", buffer, end)
-                except json.JSONDecodeError as error:
-                    more = file.read(chunk)
-                    if not more:
-                        raise broken(error.msg) from None
-                    # Doubling keeps the retries on one long element, or up to the end of a broken file, linear.
-                    chunk *= 2
-                    buffer = (buffer + more).lstrip()
-                    continue
-                chunk = _CHUNK
-                yield value
-                number += 1
-                buffer = buffer[end:].lstrip() or file.read(chunk).lstrip()
-                if buffer.startswith(","):
-                    buffer = buffer[1:].lstrip()
-                elif not buffer.startswith("]"):
-                    raise broken(f"expected ',' or ']', found {shortened(buffer[:20])!r}")
-    except (UnicodeDecodeError, RecursionError) as error:
-        raise broken(type(error).__name__) from None
+    for name in reading.names(".json", deep=False):
+        for element_number, raw in enumerate(json_array(reading, name)):
+            named = raw.get("split", "train") if isinstance(raw, dict) else None
+            split = _SPLITS.get(named, "train") if isinstance(named, str) else "train"
+            yield Row(number, f"{name} element {element_number}", split, partial(mapping_of, raw))
+            number += 1
 
 
-def _split(row: Mapping[str, Any]) -> Split:
-    name = row.get("split", "train")
-    if not isinstance(name, str) or name not in _SPLITS:
-        raise BadRecord("schema_mismatch", f"split: {shortened(name)} is none of {', '.join(_SPLITS)}")
-    return _SPLITS[name]
+def identity(raw: Mapping[str, Any], row: Row, reading: Reading) -> str:
+    """Data set and question id."""
+    names = (required(raw, "dataset"), required(raw, "question_id"))
+    parts = (str(name) if type(name) is int else check_text(name, "question_id", "schema_mismatch") for name in names)
+    return "/".join((reading.source, *parts))
 
 
-def _text(row: Mapping[str, Any], key: str) -> str:
-    if key not in row:
-        raise BadRecord("schema_mismatch", f"{key}: missing; the keys are {shortened(', '.join(sorted(row)))}")
-    return check_text(row[key], key, "schema_mismatch")
+def record(raw: Mapping[str, Any], row: Row, identity: str, reading: Reading) -> Record:
+    """The record of one element."""
+    if not isinstance(split := raw.get("split", "train"), str) or split not in _SPLITS:
+        raise BadRecord("schema_mismatch", f"split: {shortened(split)} is none of {', '.join(_SPLITS)}")
+    question, answer, image, steps = (_with_lvr if "bboxes" in raw else _with_padded_box)(raw, reading)
+    for step in steps:
+        if step.target and step.target.box == (0, 0, image.width, image.height):
+            raise BadRecord("crop_is_whole_image", f"image: {list(step.target.box)}")
+    record = Record(
+        id=identity,
+        source=reading.source,
+        license=reading.license(LICENSE),
+        split=row.split,
+        kind="interleaved",
+        question=question,
+        images=(image,),
+        steps=steps,
+        answer=answer,
+    )
+    return check_record(record, reading.recipe.max_steps)
 
 
-def _question_id(row: Mapping[str, Any]) -> str:
-    identity = row.get("question_id")
-    return str(identity) if type(identity) is int else _text(row, "question_id")
-
-
-def _record(row: Mapping[str, Any], identity: str, root: Path, source: str, recipe: DataRecipe, split: Split) -> Record:
-    turns = _turns(row)
-    asked = turns[0]
-    if asked.count("<image>") != 1 or turns[2].strip() != "<image>":
+def _with_padded_box(raw: Mapping[str, Any], reading: Reading) -> tuple[str, str, Image, tuple[Step, ...]]:
+    """Question, answer, image and steps of the data set's own form."""
+    turns = _turns(raw, ["human", "gpt", "human", "gpt"])
+    if turns[0].count("<image>") != 1 or turns[2].strip() != "<image>":
         raise BadRecord("placeholder_count", "conversations: expected one <image> in turn 1 and turn 3 to be <image>")
-    question = check_text(_REQUEST.sub("", asked.replace("<image>", "")), "question", "empty_question")
+    question = check_text(_REQUEST.sub("", turns[0].replace("<image>", "")), "question", "empty_question")
     answer = check_text(turns[3], "answer", "empty_answer")
-    text = row.get("cot_with_detailed_reasoning_steps") or TEMPLATE_STEP
+    text = raw.get("cot_with_detailed_reasoning_steps") or TEMPLATE_STEP
     if isinstance(text, list) and all(isinstance(part, str) for part in text):
         text = " ".join(text)
     text = check_text(text, "cot_with_detailed_reasoning_steps", "empty_reasoning")
 
-    path, region = _image_entries(row)
-    limits = ImageLimits(recipe.min_image_side, recipe.max_image_pixels)
-    image = read_image(root, path, "input", limits, "image[0]")
+    path, region = _image_entries(raw)
+    image = reading.image(path, "input", "image[0]")
     for key, size in (("width", image.width), ("height", image.height)):
-        if row.get(key, size) != size:
-            raise BadRecord("bbox_disagrees", f"{key}: {shortened(row[key])}, but the file has {size} pixels")
-    box = check_box(_four_numbers(region, "image[1]"), image.width, image.height, "image[1]", recipe.min_image_side)
+        if raw.get(key, size) != size:
+            raise BadRecord("bbox_disagrees", f"{key}: {shortened(raw[key])}, but the file has {size} pixels")
+    least = reading.recipe.min_image_side
+    box = check_box(_four_numbers(region, "image[1]"), image.width, image.height, "image[1]", least)
     _compare(box, _four_numbers(turns[1], "conversations[1]"), image.width, image.height)
-    if box == (0, 0, image.width, image.height):
-        raise BadRecord("crop_is_whole_image", f"image[1]: {list(box)}")
-    record = Record(
-        id=identity,
-        source=source,
-        license=LICENSE,
-        split=split,
-        kind="interleaved",
-        question=question,
-        images=(image,),
-        steps=(Step(text, Target(0, box, "crop")),),
-        answer=answer,
-    )
-    return check_record(record, recipe.max_steps)
+    return question, answer, image, (Step(text, Target(0, box, "crop")),)
 
 
-def _turns(row: Mapping[str, Any]) -> list[str]:
+def _with_lvr(raw: Mapping[str, Any], reading: Reading) -> tuple[str, str, Image, tuple[Step, ...]]:
+    """Question, answer, image and steps of the form with ``<lvr>`` where a box is looked at."""
+    asked, told = _turns(raw, ["human", "gpt"])
+    if asked.count("<image>") > 1:
+        raise BadRecord("placeholder_count", "conversations[0]: more than one <image> for one image")
+    question = check_text(asked.replace("<image>", ""), "question", "empty_question")
+    if (spans := _ANSWER.fullmatch(told)) is None:
+        raise BadRecord("unbalanced_tags", f"conversations[1]: expected one <answer> at the end of {shortened(told)!r}")
+    answer = check_text(spans["answer"], "answer", "empty_answer")
+    paths, boxes = raw.get("image"), raw["bboxes"]
+    if not isinstance(paths, list) or len(paths) != 1 or not isinstance(boxes, list):
+        raise BadRecord("schema_mismatch", f"image, bboxes: expected one path and a list, found {shortened(paths)}")
+    before, *texts = spans["reasoning"].split("<lvr>")
+    if len(texts) != len(boxes):
+        raise BadRecord("placeholder_count", f"conversations[1]: {len(texts)} <lvr> for {len(boxes)} boxes")
+    image = reading.image(paths[0], "input", "image[0]")
+    steps = [Step(check_text(before, "conversations[1]", "empty_reasoning"))] if before.strip() else []
+    for number, (text, values) in enumerate(zip(texts, boxes, strict=True)):
+        box = _true_box(values, image, f"bboxes[{number}]", reading.recipe.min_image_side)
+        text = check_text(text.strip() or TEMPLATE_STEP, "conversations[1]", "empty_reasoning")
+        steps.append(Step(text, Target(0, box, "crop")))
+    return question, answer, image, tuple(steps)
+
+
+def _turns(row: Mapping[str, Any], speakers: list[str]) -> list[str]:
     turns = row.get("conversations")
-    speakers = ["human", "gpt", "human", "gpt"]
     if (
         not isinstance(turns, list)
         or not all(isinstance(turn, dict) and isinstance(turn.get("value"), str) for turn in turns)
         or [turn.get("from") for turn in turns] != speakers
     ):
-        raise BadRecord("schema_mismatch", f"conversations: expected four turns {speakers}, found {shortened(turns)}")
+        raise BadRecord("schema_mismatch", f"conversations: expected the turns {speakers}, found {shortened(turns)}")
     return [turn["value"] for turn in turns]
 
 
@@ -214,6 +169,16 @@ def _four_numbers(text: str, field: str) -> list[float]:
     if match is None:
         raise BadRecord("bbox_invalid", f"{field}: expected [x1, y1, x2, y2], found {shortened(text)!r}")
     return [float(number) for number in match.groups()]
+
+
+def _true_box(values: object, image: Image, field: str, min_side: int) -> Box:
+    """A box normalised to the image as it is, in pixels."""
+    if not isinstance(values, list) or len(values) != 4 or not all(map(is_finite_number, values)):
+        raise BadRecord("bbox_invalid", f"{field}: expected four finite numbers, found {shortened(values)}")
+    sides = (image.width, image.height) * 2
+    # A pixel that was divided by the side must not become its neighbour for the last bit of a float.
+    pixels = [round(value * side, 3) for value, side in zip(values, sides, strict=True)]
+    return check_box(pixels, image.width, image.height, field, min_side)
 
 
 def _compare(box: Box, normalised: list[float], width: int, height: int) -> None:
