@@ -1,4 +1,4 @@
-"""What `perf.data` times, each in a process of its own: ``python -m perf.data_job build|draft|datasets|access ...``."""
+"""What `perf.data` times, each in a process of its own: ``python -m perf.data_job JOB ...``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 
 from valr_ops.recipe.recipe import DataRecipe, Recipe, SourceRecipe, override
 from valr_ops.recipe.recipes import tiny
+from valr_ops.store.artifacts import StageContext
+from valr_ops.store.progress import Progress
 
 
 def _recipe(source: Path) -> Recipe:
@@ -21,9 +23,11 @@ def _recipe(source: Path) -> Recipe:
 def build(source: Path, root: Path) -> None:
     """The stage `cot_corpus` over a source."""
     from valr_ops.data.curation import build_cot_corpus
-    from valr_ops.store.artifacts import StageContext
-    from valr_ops.store.progress import Progress
 
+    assert all(check.passed for check in build_cot_corpus(_context(source, root)).checks)
+
+
+def _context(source: Path, root: Path) -> StageContext:
     folders = {name: root / name for name in ("sources", "cot_corpus", "work")}
     for folder in folders.values():
         folder.mkdir(parents=True)
@@ -31,8 +35,19 @@ def build(source: Path, root: Path) -> None:
     inventory = {"mine": {"format": "jsonl", "files": {"train.jsonl": {"size": size}}}}
     (folders["sources"] / "inventory.json").write_text(json.dumps(inventory))
     inputs = {"sources": folders["sources"]}
-    context = StageContext("cot_corpus", _recipe(source), inputs, folders["cot_corpus"], folders["work"], Progress())
-    assert all(check.passed for check in build_cot_corpus(context).checks)
+    return StageContext("cot_corpus", _recipe(source), inputs, folders["cot_corpus"], folders["work"], Progress())
+
+
+def write(source: Path, root: Path) -> None:
+    """The part of the stage that a pipeline of `datasets` has as well: read, check, leave out duplicates, write."""
+    from valr_ops.data import curation
+    from valr_ops.data.screening import decide
+
+    context = _context(source, root)
+    rows = curation._read(context, context.work / "drafts")
+    rows.reasons = decide(rows.keys, context.recipe.data)
+    curation._split(rows, context.recipe.data.validation_fraction, context.recipe.seed)
+    curation._write(rows, context.out, context.progress)
 
 
 def draft(source: Path, root: Path, processes: str) -> None:
@@ -105,7 +120,8 @@ def access(corpus: Path, seed: str) -> None:
 
 if __name__ == "__main__":
     job, first, *rest = sys.argv[1:]
-    if job in ("build", "datasets", "draft"):
-        {"build": build, "datasets": datasets, "draft": draft}[job](Path(first), Path(rest[0]), *rest[1:])
+    jobs = {"build": build, "write": write, "datasets": datasets, "draft": draft}
+    if job in jobs:
+        jobs[job](Path(first), Path(rest[0]), *rest[1:])
     else:
         access(Path(first), *rest)

@@ -40,7 +40,6 @@ from valr_ops.data.corpus import (
 from valr_ops.data.corpus_report import OVERLAPS, SourceCount
 from valr_ops.data.drafting import Draft, draft, in_turn
 from valr_ops.data.drift import corpus_drift
-from valr_ops.data.expectations import corpus_expectations
 from valr_ops.data.matching import Matcher, open_matcher
 from valr_ops.data.records import Rejection, SourceError, Split, Step
 from valr_ops.data.screening import Benchmarks, Keys, decide, image_groups, read_benchmarks
@@ -144,6 +143,9 @@ def build_cot_corpus(context: StageContext) -> StageReport:
     report.plot_lengths(counts["train"], context.out / "lengths.png")
     report.preview(first, ImageStore(context.out)).save(context.out / "preview.png")
     shutil.rmtree(scratch)
+    # Imported here because great_expectations takes seconds to load, and most that can go wrong has gone wrong by now.
+    from valr_ops.data.expectations import corpus_expectations
+
     return StageReport(
         summary={key: value for key, value in found.items() if isinstance(value, int | float)},
         tables={

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -252,12 +251,13 @@ def check_box(values: object, width: int, height: int, field: str, min_side: int
     def bad(what: str) -> BadRecord:
         return BadRecord("bbox_invalid", f"{field}: {shortened(values)} in an image of {width}x{height}: {what}")
 
-    if not isinstance(values, Sequence) or isinstance(values, str) or len(values) != 4:
+    if not isinstance(values, list | tuple) or len(values) != 4:
         raise bad("expected four numbers [x0, y0, x1, y1]")
-    if not all(map(is_finite_number, values)):
-        raise bad("not four finite numbers")
-    x0, y0 = (math.floor(value) for value in values[:2])
-    x1, y1 = (math.ceil(value) for value in values[2:])
+    x0, y0, x1, y1 = values
+    if not type(x0) is type(y0) is type(x1) is type(y1) is int:
+        if not all(map(is_finite_number, values)):
+            raise bad("not four finite numbers")
+        x0, y0, x1, y1 = math.floor(x0), math.floor(y0), math.ceil(x1), math.ceil(y1)
     if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
         raise bad("inverted, empty or outside")
     if min(x1 - x0, y1 - y0) < min_side:

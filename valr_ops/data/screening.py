@@ -71,13 +71,14 @@ class RecordKey:
 
 def record_key(record: Record) -> RecordKey:
     """The digests of one record."""
-    content = hashlib.blake2b(digest_size=16)
-    for part in (*(image.digest for image in record.images), record.question, record.answer):
-        data = part.encode()
-        content.update(len(data).to_bytes(8, "little") + data)
+    images = ",".join([image.digest for image in record.images])
     question = normalised_question(record.question)
-    asked = f"{question}\n{normalised_question(record.answer)}\n{len(record.images)}"
-    return RecordKey(content.digest(), _digest(question), _digest(asked))
+    return RecordKey(
+        # With its length in front, no question can run into an answer.
+        content=_digest(f"{images} {len(record.question)} {record.question}{record.answer}"),
+        question=_digest(question),
+        asked=_digest(f"{question}\n{normalised_question(record.answer)}\n{len(record.images)}"),
+    )
 
 
 def _digest(text: str) -> bytes:

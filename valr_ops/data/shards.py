@@ -32,16 +32,8 @@ CACHE_BYTES = 8 * 2**30
 _DIGEST_BYTES = 16
 _MAGIC_BYTES = 8
 _DECODED_BLOCKS = 64
-_INDEX_SCHEMA = pa.schema(
-    [
-        ("shard", pa.int32()),
-        ("offset", pa.int64()),
-        ("length", pa.int64()),
-        ("first", pa.int64()),
-        ("rows", pa.int32()),
-        ("digest", pa.binary(_DIGEST_BYTES)),
-    ]
-)
+_INDEX_NUMBERS = {"shard": "int32", "offset": "int64", "length": "int64", "first": "int64", "rows": "int32"}
+_INDEX_SCHEMA = pa.schema([*_INDEX_NUMBERS.items(), ("digest", pa.binary(_DIGEST_BYTES))])
 
 
 class ShardError(ValueError):
@@ -164,9 +156,10 @@ class Shards:
         self.shards = [ShardFile(**one) for one in json.loads(metadata[b"shards"])]
         self._rows = int(metadata[b"rows"])
         self._digests = table["digest"].combine_chunks()
+        # By the buffers: pyarrow's own conversion imports pandas, which takes longer than all else here.
         self._index = {
-            column: table[column].combine_chunks().to_numpy(zero_copy_only=False)
-            for column in ("shard", "offset", "length", "first", "rows")
+            name: np.frombuffer(table[name].combine_chunks().buffers()[1] or b"", dtype)
+            for name, dtype in _INDEX_NUMBERS.items()
         }
         self._opened: dict[int, mmap.mmap] = {}
         self._verified = np.zeros(len(table), dtype=bool)
