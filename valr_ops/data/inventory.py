@@ -26,7 +26,7 @@ from valr_ops.data.records import BadRecord
 from valr_ops.data.sources.jsonl import image_names
 from valr_ops.data.sources.reading import Reading, json_lines
 from valr_ops.data.synthetic import MultiViewScene, Scene
-from valr_ops.recipe.recipe import Recipe
+from valr_ops.recipe.recipe import Recipe, SyntheticRecipe
 from valr_ops.store.artifacts import StageContext, StageReport
 from valr_ops.store.objects import EscapeError, Files, MissingError, StorageError, is_remote, open_files
 
@@ -56,7 +56,8 @@ def build_sources(context: StageContext) -> StageReport:
     drawn: dict[str, list[Scene] | list[MultiViewScene]] = {}
     for name, source in recipe.data.sources.items():
         if source.path is None:
-            drawn[name] = write_layout(source.format, context.out / name, name, recipe.seed, recipe.data.synthetic)
+            sizes = _drawn_sizes(recipe.data.synthetic, source.limit)
+            drawn[name] = write_layout(source.format, context.out / name, name, recipe.seed, sizes)
         else:
             sources.probe(name, recipe, context.out)
         listed = listing(sources.opened(name, recipe, context.out))
@@ -69,6 +70,14 @@ def build_sources(context: StageContext) -> StageReport:
     if examples:
         _contact_sheet(list(examples.values())).save(context.out / "preview.png")
     return _report(inventory, examples)
+
+
+def _drawn_sizes(sizes: SyntheticRecipe, limit: int | None) -> SyntheticRecipe:
+    """What will not be read is not drawn."""
+    if limit is None:
+        return sizes
+    counts = {name: min(limit, getattr(sizes, name)) for name in ("train_records", "test_records")}
+    return sizes.model_copy(update=counts)
 
 
 def changed_sources(recipe: Recipe, artifact: Path) -> str | None:
