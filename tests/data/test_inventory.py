@@ -210,3 +210,10 @@ def test_a_changed_benchmark_makes_the_sources_out_of_date(tmp_path: Path) -> No
     (tmp_path / "bench").rmdir()
     changed = changed_sources(made, tmp_path / "sources")
     assert changed is not None and "data.benchmarks.vsi.path" in changed
+
+
+def test_what_will_not_be_read_is_not_drawn(tmp_path: Path) -> None:
+    made = recipe({"a": {"format": "jsonl", "limit": 5}, "b": {"format": "jsonl"}})
+    artifact = built(tmp_path, made)
+    assert len((artifact / "a" / "train.jsonl").read_text().splitlines()) == 5
+    assert len((artifact / "b" / "train.jsonl").read_text().splitlines()) == 32

@@ -44,7 +44,7 @@ def tiny() -> Recipe:
     training = TrainingRecipe(
         learning_rate=3e-3,
         projector_learning_rate=3e-3,
-        micro_batch=32,
+        micro_batch=24,
         accumulation=1,
         epochs=4.0,
         warmup_fraction=0.1,
@@ -55,13 +55,13 @@ def tiny() -> Recipe:
         data=DataRecipe(
             sources={
                 "cogcom": SourceRecipe(format="cogcom", limit=120),
-                "gcot": SourceRecipe(format="gcot", limit=120),
-                "monet": SourceRecipe(format="monet", limit=120),
-                "onethinker": SourceRecipe(format="onethinker", limit=120),
-                "refocus": SourceRecipe(format="refocus", limit=120),
+                "gcot": SourceRecipe(format="gcot", limit=60),
+                "monet": SourceRecipe(format="monet", limit=60),
+                "onethinker": SourceRecipe(format="onethinker", limit=60),
+                "refocus": SourceRecipe(format="refocus", limit=60),
                 "scenes": SourceRecipe(format="jsonl"),
-                "visual_cot": SourceRecipe(format="visual_cot", limit=120),
-                "zebra_cot": SourceRecipe(format="zebra_cot", limit=120),
+                "visual_cot": SourceRecipe(format="visual_cot", limit=60),
+                "zebra_cot": SourceRecipe(format="zebra_cot", limit=600),
             },
             max_length=1024,
         ),
@@ -71,7 +71,7 @@ def tiny() -> Recipe:
         alignment=AlignmentRecipe(block=2, projector_width=256),
         teachers=_tiny_teachers() | {"qwen": _own_encoder(64, license="Apache-2.0")},
         stage1=training,
-        stage2=training.model_copy(update={"learning_rate": 2e-3, "epochs": 1.0}),
+        stage2=training.model_copy(update={"learning_rate": 2e-3, "epochs": 1.2, "micro_batch": 16}),
         evaluation=EvaluationRecipe(batch_size=64, max_new_tokens=128),
         variants=_named_models(),
     )
