@@ -27,6 +27,7 @@ from perf.rows import CHECKOUT, Row, row
 
 SIZES = (10_000, 50_000, 450_000)
 _IMAGES = 2_000
+_PHOTOS = 3_000
 _WORDS = ("the", "red", "green", "cup", "table", "left", "right", "behind", "near", "chair", "lamp", "window", "door")
 
 
@@ -66,7 +67,7 @@ def decoding() -> Iterator[Row]:
         (source / "images").mkdir(parents=True)
         rng = np.random.default_rng(0)
         lines = []
-        for number in range(2_000):
+        for number in range(_PHOTOS):
             noise = rng.integers(0, 255, (24, 32, 3), dtype=np.uint8)
             picture = PIL.Image.fromarray(noise).resize((640, 480), PIL.Image.Resampling.BICUBIC)
             picture.save(source / "images" / f"{number}.jpg", quality=85)
@@ -76,7 +77,7 @@ def decoding() -> Iterator[Row]:
         rates: dict[int, list[float]] = {1: [], cores: []}
         for _ in range(5):
             for processes in rates:
-                rates[processes].append(2_000 / _draft(source, root / "drafts", processes))
+                rates[processes].append(_PHOTOS / _draft(source, root / "drafts", processes))
         yield row("images_per_second", rates[cores], "1/s", None, f"640x480 JPEG, {cores} processes", better="higher")
         ratios = [many / one for one, many in zip(rates[1], rates[cores], strict=True)]
         what = f"images a second with {cores} processes over one, start of the processes included"

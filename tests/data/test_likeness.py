@@ -7,7 +7,7 @@ import PIL.Image
 import PIL.ImageFilter
 import pytest
 
-from valr_ops.data.likeness import alike, as_looks, distance, look, pairs_alike
+from valr_ops.data.likeness import alike, as_looks, distance, look, look_of, pairs_alike
 from valr_ops.data.synthetic import draw_scattered, draw_scenes
 
 
@@ -87,3 +87,13 @@ def test_pairs_are_those_of_one_group_within_the_bound() -> None:
         (i, j) for j in range(len(array)) for i in range(j) if of[i] == of[j] and distance(array[i], array[j]) <= 8
     }
     assert {(min(pair), max(pair)) for pair in pairs_alike(of, array, 8)} == expected
+
+
+def test_a_large_jpeg_that_is_decoded_small_looks_as_it_does_whole() -> None:
+    for picture in pictures(20):
+        large = picture.resize((1024, 1024), PIL.Image.Resampling.BICUBIC)
+        file = io.BytesIO()
+        large.save(file, "JPEG", quality=90)
+        small, whole = look_of(file.getvalue()), look(large)
+        assert small is not None and whole is not None
+        assert distance(as_looks(small)[0], as_looks(whole)[0]) <= 8

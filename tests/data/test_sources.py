@@ -151,6 +151,7 @@ BAD_IMAGES: list[tuple[str, bytes]] = [
     ("image_unreadable", png()[:-30]),
     ("image_unreadable", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"),
     ("image_too_small", png(40, 7)),
+    ("image_too_small", png(1, 1)),
     ("image_too_large", png(400, 300)),
     ("image_too_large", bomb(60_000, 60_000)),
     ("image_too_large", bomb(10_000, 10_000)),
@@ -243,6 +244,22 @@ def test_pixels_follow_the_exif_orientation_and_transparency_lies_on_white(tmp_p
     assert decode(record.images[0].data, (0, 10, 10, 20)).size == (10, 10)
     assert decode(png(8, 8, (255, 0, 0, 0), "RGBA")).getpixel((0, 0)) == (255, 255, 255)
     assert decode(png(8, 8, 40_000, "I;16")).getpixel((0, 0)) == (156, 156, 156)
+
+
+def test_of_an_animation_the_first_frame_counts_and_cmyk_becomes_rgb(tmp_path: Path) -> None:
+    frames = [PIL.Image.new("RGB", (20, 10), colour) for colour in ("red", "blue", "green")]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    PIL.Image.new("CMYK", (20, 10), (0, 255, 255, 0)).save(tmp_path / "print.jpg", quality=95)
+    for name in ("moving.gif", "print.jpg"):
+        record = read_one(tmp_path, row(images=[name], steps=[{"text": "a"}]))
+        assert isinstance(record, Record) and len(record.images) == 1
+        red, green, blue = decode(record.images[0].data).getpixel((5, 5))  # type: ignore[misc]
+        assert red > 240 and green < 15 and blue < 15
+
+
+def test_a_record_of_ten_thousand_steps_is_rejected(tmp_path: Path) -> None:
+    item = read_one(tmp_path, row(steps=[{"text": f"step {number}"} for number in range(10_000)]))
+    assert isinstance(item, Rejection) and item.reason == "too_many_steps"
 
 
 def test_damaged_metadata_of_a_turned_image_does_not_stop_what_shows_its_pixels(tmp_path: Path) -> None:
@@ -375,6 +392,11 @@ def test_a_broken_parquet_file_or_other_columns_stop_the_run(tmp_path: Path) -> 
     (tmp_path / "a.parquet").write_bytes(b"PAR1 nothing")
     with pytest.raises(SourceError, match=r"a\.parquet.*bad_parquet"):
         items(tmp_path, "zebra_cot")
+    whole = (zebra(tmp_path / "whole", [zebra_row()] * 50) / "config" / "train-00000.parquet").read_bytes()
+    for cut in (len(whole) - 1, len(whole) // 2, 10):
+        (tmp_path / "a.parquet").write_bytes(whole[:cut])
+        with pytest.raises(SourceError, match=r"a\.parquet.*bad_parquet"):
+            items(tmp_path, "zebra_cot")
     pq.write_table(pa.table({"question": ["x"]}), tmp_path / "a.parquet")
     with pytest.raises(SourceError, match="no column 'Question'"):
         items(tmp_path, "zebra_cot")

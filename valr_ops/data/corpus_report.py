@@ -28,7 +28,7 @@ from valr_ops.data.records import CHOICES, REASONS
 
 DUPLICATES = ("duplicate_id", "duplicate_content", "near_duplicate")
 OVERLAPS = ("benchmark_image", "benchmark_question", "benchmark_scene")
-PREVIEW_RECORDS = 6
+PREVIEW_RECORDS = 8
 
 _BYTES_A_TOKEN = 4
 _PARTS = ("question", "reasoning", "answer")

@@ -1,4 +1,4 @@
-"""One checked corpus from all sources: read, reject with reasons, match, cap, split by image, write.
+"""One checked corpus from all sources: read, reject with reasons, cap, match, split by image, write.
 
 In: the artifact `sources` and the recipe. Out: the shards `records` and `images` (each distinct image once),
 `rejects.jsonl`, `overlaps.jsonl`, `report.json`, plots and data docs.
@@ -124,14 +124,16 @@ def build_cot_corpus(context: StageContext) -> StageReport:
     rows.reasons = decide(rows.keys, recipe.data, benchmarks)
     rejected = _Rejects(context.work / "rejects.jsonl")
     _refuse_losses(rows, rejected, recipe)
-    _match(rows, open_matcher(recipe.data.matching, context.cache or context.work, progress.say), progress)
+    # Capped first, so that nobody is asked about a record that will not stay.
     _cap(rows, recipe)
+    _match(rows, open_matcher(recipe.data.matching, context.cache or context.work, progress.say), progress)
     _split(rows, recipe.data.validation_fraction, recipe.seed)
     first, counts = _write(rows, context.out, progress)
     rejected.count_into(rows, counts)
     for name, count in counts["train"].items():
         progress.say(f"source {name}: kept {count.kept} of {count.read} records")
     if not first:
+        rejected.write(rejected.path, rows)
         raise CurationError(
             f"no source has a training record left: {', '.join(rows.drafts)}; add one with train.jsonl or a public "
             f"layout, or see why in {rejected.path}"
@@ -224,8 +226,8 @@ def _match(rows: _Rows, matcher: Matcher, progress: Progress) -> None:
     number = sum(1 for _ in needing())
     if not number:
         return
-    price = matcher.estimate(record for _, record in needing())
-    progress.say(f"matching the steps of {number} records to images: {price}")
+    progress.say(f"matching the steps of {number} records to images")
+    matcher.estimate(record for _, record in needing())
     coming = progress.track(needing(), "matching", total=number)
     while group := list(islice(coming, _MATCHED_TOGETHER)):
         matched = matcher.match([record for _, record in group], rows.image)

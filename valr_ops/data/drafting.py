@@ -27,8 +27,7 @@ import pyarrow as pa
 
 from valr_ops.data import sources
 from valr_ops.data.corpus import RECORD_SCHEMA, RecordColumns
-from valr_ops.data.images import decode
-from valr_ops.data.likeness import look
+from valr_ops.data.likeness import look_of
 from valr_ops.data.records import BadRecord, Image, Record, Rejection
 from valr_ops.data.screening import record_key
 from valr_ops.data.sources.reading import Reading
@@ -271,7 +270,7 @@ class _ImageSpool:
             digest = bytes.fromhex(image.digest)
             if digest not in self._known:
                 try:
-                    seen = look(decode(image.data))
+                    seen = look_of(image.data)
                 except Exception as error:
                     # The reader decoded it, but a hostile file may fail only when it is converted to RGB.
                     raise BadRecord("image_unreadable", f"an image: {type(error).__name__}") from None

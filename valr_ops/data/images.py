@@ -120,7 +120,7 @@ def read_bytes(files: Files, name: object, at_most: int, where: str) -> bytes:
         raise BadRecord("image_unreadable", f"{shown}: {error}") from None
 
 
-def decode(data: bytes, box: Box | None = None) -> PIL.Image.Image:
+def decode(data: bytes, box: Box | None = None, least_side: int | None = None) -> PIL.Image.Image:
     """RGB pixels of an image that `check_image` accepted.
 
     The EXIF orientation is applied, transparency is composited on white, of an animation the first frame is taken.
@@ -128,6 +128,8 @@ def decode(data: bytes, box: Box | None = None) -> PIL.Image.Image:
     Args:
         data: encoded bytes.
         box: crop in pixels of the oriented image, x1 and y1 exclusive; None for all of it.
+        least_side: a JPEG may be decoded smaller, to sides of at least so many pixels, which is much faster; None for
+            its own size.
     """
     with warnings.catch_warnings():
         # check_image already bounded the pixels; the recipe's bound, not Pillow's warning level, decides.
@@ -136,6 +138,8 @@ def decode(data: bytes, box: Box | None = None) -> PIL.Image.Image:
         picture.getexif()
         # Pillow would write the turned picture's metadata anew, and raises where it is damaged; the tag is read by now.
         picture.info = {key: value for key, value in picture.info.items() if "exif" not in key and "xmp" not in key}
+        if least_side is not None:
+            picture.draft("RGB", (least_side, least_side))
         picture = PIL.ImageOps.exif_transpose(picture)
         if picture.mode.startswith("I;16") or picture.mode == "I":
             # Pillow clips 16-bit greys at 255 when converting; the high byte is what a viewer shows.

@@ -17,11 +17,18 @@ import numpy.typing as npt
 import PIL.Image
 from scipy.fft import dctn
 
+from valr_ops.data.images import decode
+
 BITS = 192
 _SIDE = 32
 _LOWEST = 8
 _LEAST_ENERGY = 2.0
 """Grey levels (root mean square of the kept frequencies) below which a channel counts as flat."""
+
+
+def look_of(data: bytes) -> bytes | None:
+    """`look` of an encoded image that `check_image` accepted; a large JPEG is decoded small."""
+    return look(decode(data, least_side=4 * _SIDE))
 
 
 def look(picture: PIL.Image.Image) -> bytes | None:

@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from valr_ops.data.images import ImageLimits, decode, read_image
-from valr_ops.data.likeness import NO_LOOK, Looks, alike, as_looks, look, pairs_alike
+from valr_ops.data.images import ImageLimits, read_image
+from valr_ops.data.likeness import NO_LOOK, Looks, alike, as_looks, look_of, pairs_alike
 from valr_ops.data.records import BadRecord, Record, SourceError
 from valr_ops.recipe.recipe import DataRecipe
 from valr_ops.store.objects import Files, StorageError, open_files
@@ -114,10 +114,6 @@ class ImageTable:
         return as_looks(bytes(self._looks))
 
 
-def _look(data: bytes) -> bytes | None:
-    return look(decode(data))
-
-
 @dataclass
 class Keys:
     """What is compared of every record, in columns."""
@@ -140,7 +136,7 @@ class Keys:
     def add(self, record: Record) -> None:
         """One record, its images looked at."""
         key = record_key(record)
-        shown = tuple(self.images.number(image.digest, partial(_look, image.data)) for image in record.images)
+        shown = tuple(self.images.number(image.digest, partial(look_of, image.data)) for image in record.images)
         about = ([record.id], [record.source], [record.split == "test"], [record.license], [record.scene])
         self.extend(about, ([key.content], [key.question], [key.asked]), [shown])
 
@@ -207,7 +203,7 @@ def read_benchmarks(recipe: DataRecipe) -> Benchmarks:
 
 def _looked_at(files: Files, recipe: DataRecipe, name: str) -> tuple[bytes, bytes | None]:
     image = read_image(files, name, "input", ImageLimits(1, recipe.max_image_pixels), "benchmark image")
-    return bytes.fromhex(image.digest), look(decode(image.data))
+    return bytes.fromhex(image.digest), look_of(image.data)
 
 
 def _lines(files: Files, name: str, names: Sequence[str]) -> list[str]:

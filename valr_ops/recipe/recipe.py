@@ -61,8 +61,8 @@ class SyntheticRecipe(_Values):
     """The generated scenes that stand in for the six public sources at scale tiny."""
 
     train_records: PositiveInt = 800
-    """Paper silent; records of a drawn source without a limit. Scale tiny has 800 of the form that the test asks in, 600
-    in which every row is read, and a few of each other format; the tiny model learns the task from them in a minute."""
+    """Paper silent; records of a drawn source without a limit. Scale tiny has 800 of the form that the test asks in,
+    600 in which every row is read, and a few of each other format; the tiny model learns the task from them."""
     test_records: PositiveInt = 256
     """Paper silent; we choose 256 because the 95 % interval of a score is then at most 6 points wide on each side."""
     rows: int = Field(default=4, ge=2)
