@@ -7,6 +7,7 @@ reader as the function that is mapped, so that both check the same things.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -27,7 +28,7 @@ from perf.rows import CHECKOUT, Row, row
 
 SIZES = (10_000, 50_000, 450_000)
 _IMAGES = 2_000
-_PHOTOS = 3_000
+_PHOTOS = 6_000
 _WORDS = ("the", "red", "green", "cup", "table", "left", "right", "behind", "near", "chair", "lamp", "window", "door")
 
 
@@ -65,12 +66,12 @@ def decoding() -> Iterator[Row]:
         root = Path(folder)
         source = root / "source"
         (source / "images").mkdir(parents=True)
-        rng = np.random.default_rng(0)
+        photos = _photos()
         lines = []
         for number in range(_PHOTOS):
-            noise = rng.integers(0, 255, (24, 32, 3), dtype=np.uint8)
-            picture = PIL.Image.fromarray(noise).resize((640, 480), PIL.Image.Resampling.BICUBIC)
-            picture.save(source / "images" / f"{number}.jpg", quality=85)
+            # Other bytes behind the end of the picture make it another file, which has to be decoded anew.
+            photo = photos[number % len(photos)] + number.to_bytes(4, "little")
+            (source / "images" / f"{number}.jpg").write_bytes(photo)
             lines.append(json.dumps({**_record(number, random.Random(number)), "images": [f"images/{number}.jpg"]}))
         (source / "train.jsonl").write_text("\n".join(lines) + "\n")
         cores = os.cpu_count() or 1
@@ -82,6 +83,18 @@ def decoding() -> Iterator[Row]:
         ratios = [many / one for one, many in zip(rates[1], rates[cores], strict=True)]
         what = f"images a second with {cores} processes over one, start of the processes included"
         yield row("images_scaling", ratios, "ratio", 0.8 * cores, what, better="higher")
+
+
+def _photos() -> list[bytes]:
+    """JPEGs of 640 x 480 pixels with structure everywhere."""
+    rng = np.random.default_rng(0)
+    encoded = []
+    for _ in range(200):
+        noise = PIL.Image.fromarray(rng.integers(0, 255, (24, 32, 3), dtype=np.uint8))
+        file = io.BytesIO()
+        noise.resize((640, 480), PIL.Image.Resampling.BICUBIC).save(file, "JPEG", quality=85)
+        encoded.append(file.getvalue())
+    return encoded
 
 
 def images(folder: Path) -> None:
