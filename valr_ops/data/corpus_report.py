@@ -218,7 +218,7 @@ def plot_steps(counts: Mapping[str, SourceCount], path: Path) -> None:
 def plot_lengths(counts: Mapping[str, SourceCount], path: Path) -> None:
     """Lengths of question, reasoning and answer in characters, sources stacked."""
     names = sorted(counts)
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
     colours = _colours(names)
     edges = np.r_[0.7, _LENGTH_EDGES, _LENGTH_EDGES[-1] * 1.3]
     for axes, part in zip(figure.subplots(1, len(_PARTS)), _PARTS, strict=True):
@@ -230,8 +230,11 @@ def plot_lengths(counts: Mapping[str, SourceCount], path: Path) -> None:
         filled = np.flatnonzero(bottom)
         axes.set(xlabel=f"{part}, characters", ylabel="records", xscale="log")
         axes.set_xlim(edges[filled[0]], edges[filled[-1] + 1])
+        ticks = edges[[filled[0], (filled[0] + filled[-1] + 1) // 2, filled[-1] + 1]]
+        axes.minorticks_off()
+        axes.set_xticks(ticks, labels=[f"{tick:,.0f}" for tick in ticks])
     figure.legend(
-        *axes.get_legend_handles_labels(), loc="outside upper center", ncols=min(8, len(names)), frameon=False
+        *axes.get_legend_handles_labels(), loc="outside upper center", ncols=min(4, len(names)), frameon=False
     )
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
