@@ -26,9 +26,6 @@ from valr_ops.store.objects import Cache, StorageError, is_remote, open_files
 SHARD_BYTES = 256 * 2**20
 """A shard is closed when it is larger than this."""
 
-CACHE_BYTES = 8 * 2**30
-"""Bound on the local copies of remote shards, unless told otherwise."""
-
 _DIGEST_BYTES = 16
 _MAGIC_BYTES = 8
 _DECODED_BLOCKS = 64

@@ -2,7 +2,7 @@
 
 In: the bytes of an MP4, Matroska, WebM or AVI file, and how many frames are wanted.
 Out: frame ``floor((i + 0.5) * count / n)`` for i in 0 .. n - 1 of the `count` frames that the decoder shows, each as a
-PNG `Image` that passed the same checks as any other image, with its time; all frames of a video that has fewer.
+PNG `Image` that passed the same checks as any other image; all frames of a video that has fewer.
 Always: every frame is decoded, by one thread and from the first one on, and counted. Nothing is sought: a seek lands
 where the container's index says, and an index that is wrong or absent would change which frame is called the tenth.
 The same bytes give the same images. A file that breaks off is refused, never read as a shorter one. Bytes, frames and
@@ -15,7 +15,6 @@ from __future__ import annotations
 import io
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -48,18 +47,8 @@ _LEAST_PART = 0.9
 """Of the duration that a Matroska file declares, which its packets have to cover."""
 
 
-@dataclass(frozen=True)
-class Frames:
-    """Frames of one video, in the order in which they are shown."""
-
-    images: tuple[Image, ...]
-    """All of one size, role `input`; a rotation that the file asks for is applied."""
-    times: tuple[float | None, ...]
-    """Seconds since the first frame of the video, one an image; None where the file does not say it."""
-
-
-def read_frames(data: bytes, at_most: int, limits: ImageLimits, where: str) -> Frames:
-    """Frames at equal distances, see the module.
+def read_frames(data: bytes, at_most: int, limits: ImageLimits, where: str) -> tuple[Image, ...]:
+    """Frames at equal distances, see the module: all of one size, role `input`, turned as the file asks.
 
     Args:
         data: the whole file.
@@ -88,8 +77,7 @@ def read_frames(data: bytes, at_most: int, limits: ImageLimits, where: str) -> F
         raise BadRecord("video_unreadable", f"{where}: {type(error).__name__}: {shortened(str(error))}") from None
     if not chosen:
         raise BadRecord("video_unreadable", f"{where}: no frame")
-    images = (check_image(png, "input", limits, f"{where}, frame at {time} s") for time, png in chosen)
-    return Frames(tuple(images), tuple(time for time, _ in chosen))
+    return tuple(check_image(png, "input", limits, f"{where}, frame at {time} s") for time, png in chosen)
 
 
 def _positions(count: int, at_most: int) -> Container[int]:

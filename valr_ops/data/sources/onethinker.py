@@ -201,4 +201,4 @@ def _frames(path: str, count: int, reading: Reading, where: str) -> tuple[Image,
         if bad.reason == "image_unreadable":
             raise BadRecord("video_unreadable", bad.detail) from None
         raise
-    return read_frames(data, count, reading.limits, shown).images
+    return read_frames(data, count, reading.limits, shown)
