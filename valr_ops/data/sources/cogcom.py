@@ -29,7 +29,6 @@ from valr_ops.data.records import (
     Step,
     Target,
     check_box,
-    check_record,
     check_text,
     is_finite_number,
     shortened,
@@ -156,18 +155,16 @@ def record(raw: Mapping[str, Any], row: Row, identity: str, reading: Reading) ->
     answer = check_text(required(metadata, "answer"), "answer", "empty_answer")
     chain = _chain(required(metadata, "final_com"))
     image = raw["image"]
-    record = Record(
-        id=identity,
-        source=reading.source,
+    return reading.record(
+        row,
+        identity,
         license=reading.license(LICENSE),
-        split=row.split,
         kind="interleaved",
         question=question,
         images=(image,),
         steps=tuple(_steps(chain, image, reading.recipe.min_image_side)),
         answer=answer,
     )
-    return check_record(record, reading.recipe.max_steps)
 
 
 def _chain(tree: object) -> list[tuple[str, dict[str, Any]]]:

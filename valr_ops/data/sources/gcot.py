@@ -27,7 +27,6 @@ from valr_ops.data.records import (
     Record,
     Step,
     Target,
-    check_record,
     check_text,
     is_finite_number,
     shortened,
@@ -81,11 +80,10 @@ def record(raw: Mapping[str, Any], row: Row, identity: str, reading: Reading) ->
         targets = [None if index is None else Target(chosen.index(index), None, "dataset") for index in stated]
     else:
         targets = [Target(0, None, "only_image") if len(images) == 1 else None] * len(texts)
-    record = Record(
-        id=identity,
-        source=reading.source,
+    return reading.record(
+        row,
+        identity,
         license=reading.license(LICENSE),
-        split=row.split,
         kind="multi_view" if len(images) > 1 else "single_view",
         question=question,
         images=images,
@@ -93,7 +91,6 @@ def record(raw: Mapping[str, Any], row: Row, identity: str, reading: Reading) ->
         answer=answer,
         scene=scene,
     )
-    return check_record(record, reading.recipe.max_steps)
 
 
 def _texts(reasoning: str) -> Iterator[str]:

@@ -26,7 +26,6 @@ from valr_ops.data.records import (
     Step,
     Target,
     check_box,
-    check_record,
     check_text,
     shortened,
 )
@@ -112,11 +111,10 @@ def record(raw: dict[str, Any], row: Row, identity: str, reading: Reading) -> Re
     images = tuple(_image(entry, reading, f"images[{i}]") for i, entry in enumerate(entries))
     scene = raw.get("scene")
     least = reading.recipe.min_image_side
-    record = Record(
-        id=identity,
-        source=reading.source,
+    return reading.record(
+        row,
+        identity,
         license=check_text(raw.get("license", reading.license(LICENSE)), "license", "schema_mismatch"),
-        split=row.split,
         kind=_kind(images),
         question=question,
         images=images,
@@ -124,7 +122,6 @@ def record(raw: dict[str, Any], row: Row, identity: str, reading: Reading) -> Re
         answer=answer,
         scene=None if scene is None else check_text(scene, "scene", "schema_mismatch"),
     )
-    return check_record(record, reading.recipe.max_steps)
 
 
 def _refuse_unknown(row: Mapping[str, Any], known: set[str], where: str) -> None:

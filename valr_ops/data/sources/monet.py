@@ -31,7 +31,6 @@ from valr_ops.data.records import (
     SourceError,
     Step,
     Target,
-    check_record,
     check_text,
     shortened,
 )
@@ -118,18 +117,16 @@ def record(raw: Mapping[str, Any], row: Row, identity: str, reading: Reading) ->
     steps = tuple(_steps(texts, shown, names))
     answer = check_text(_boxed("".join(texts)), "data[2].content, \\boxed{}", "empty_answer")
     images = (reading.image(name, "input" if name in inputs else "step", "data") for name in names)
-    record = Record(
-        id=identity,
-        source=reading.source,
+    return reading.record(
+        row,
+        identity,
         license=reading.license(LICENSES.get(_subset(row), LICENSE)),
-        split=row.split,
         kind="interleaved",
         question=question,
         images=tuple(images),
         steps=steps,
         answer=answer,
     )
-    return check_record(record, reading.recipe.max_steps)
 
 
 def _split_at_images(turn: Mapping[str, Any], field: str) -> tuple[list[str], list[str]]:

@@ -29,7 +29,6 @@ from valr_ops.data.records import (
     Split,
     Step,
     Target,
-    check_record,
     check_text,
     is_finite_number,
     shortened,
@@ -118,18 +117,16 @@ def record(raw: Mapping[str, Any], row: Row, identity: str, reading: Reading) ->
         images.extend(shown)
     question = number_places(asked, _PLACE, places if len(places) > 1 else [""] * len(places))
     target = Target(0, None, "only_image") if len(images) == 1 else None
-    record = Record(
-        id=identity,
-        source=reading.source,
+    return reading.record(
+        row,
+        identity,
         license=reading.license(LICENSE),
-        split=row.split,
         kind="single_view" if len(images) == 1 else "multi_view",
         question=check_text(question, "question", "empty_question"),
         images=tuple(images),
         steps=tuple(Step(text, target) for text in thoughts),
         answer=answer,
     )
-    return check_record(record, reading.recipe.max_steps)
 
 
 def in_coordinates(answer: str) -> bool:

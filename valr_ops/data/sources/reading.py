@@ -31,7 +31,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from valr_ops.data.images import ImageLimits, check_image, read_bytes, read_image
-from valr_ops.data.records import BadRecord, Image, Record, SourceError, Split, shortened
+from valr_ops.data.records import BadRecord, Image, Record, SourceError, Split, Step, check_record, shortened
 from valr_ops.recipe.recipe import DataRecipe, SourceRecipe
 from valr_ops.store.objects import EscapeError, Files, StorageError, checked, open_files
 
@@ -111,6 +111,23 @@ class Reading:
     def license(self, of_the_data_set: str) -> str:
         """The licence of a record that names none itself."""
         return self.settings.license or of_the_data_set
+
+    def record(
+        self,
+        row: Row,
+        identity: str,
+        *,
+        license: str,
+        kind: Literal["single_view", "multi_view", "interleaved"],
+        question: str,
+        images: tuple[Image, ...],
+        steps: tuple[Step, ...],
+        answer: str,
+        scene: str | None = None,
+    ) -> Record:
+        """The record of a row, if its parts fit together. Raises `BadRecord` as `check_record`."""
+        record = Record(identity, self.source, license, row.split, kind, question, images, steps, answer, scene)
+        return check_record(record, self.recipe.max_steps)
 
     def names(self, *suffixes: str, deep: bool = True) -> list[str]:
         """Names of the source's files with one of these endings, sorted.

@@ -25,7 +25,6 @@ from valr_ops.data.records import (
     Record,
     Step,
     Target,
-    check_record,
     check_text,
     is_finite_number,
     shortened,
@@ -80,18 +79,16 @@ def record(raw: Mapping[str, Any], row: Row, identity: str, reading: Reading) ->
         _compare(original, edited, f"edits[{number}].edited_image")
         steps.append(Step(text, Target(len(images), None, "dataset")))
         images.append(edited)
-    record = Record(
-        id=identity,
-        source=reading.source,
+    return reading.record(
+        row,
+        identity,
         license=reading.license(LICENSE),
-        split=row.split,
         kind="interleaved",
         question=question,
         images=tuple(images),
         steps=tuple(steps),
         answer=answer,
     )
-    return check_record(record, reading.recipe.max_steps)
 
 
 def _refuse_code(value: object, syntax: re.Pattern[str], field: str) -> None:

@@ -36,7 +36,6 @@ from valr_ops.data.records import (
     Step,
     Target,
     check_box,
-    check_record,
     check_text,
     is_finite_number,
     shortened,
@@ -83,18 +82,16 @@ def record(raw: Mapping[str, Any], row: Row, identity: str, reading: Reading) ->
     for step in steps:
         if step.target and step.target.box == (0, 0, image.width, image.height):
             raise BadRecord("crop_is_whole_image", f"image: {list(step.target.box)}")
-    record = Record(
-        id=identity,
-        source=reading.source,
+    return reading.record(
+        row,
+        identity,
         license=reading.license(LICENSE),
-        split=row.split,
         kind="interleaved",
         question=question,
         images=(image,),
         steps=steps,
         answer=answer,
     )
-    return check_record(record, reading.recipe.max_steps)
 
 
 def _with_padded_box(raw: Mapping[str, Any], reading: Reading) -> tuple[str, str, Image, tuple[Step, ...]]:

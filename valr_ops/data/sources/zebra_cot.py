@@ -23,7 +23,6 @@ from valr_ops.data.records import (
     Split,
     Step,
     Target,
-    check_record,
     check_text,
     shortened,
 )
@@ -89,18 +88,16 @@ def record(raw: Mapping[str, Any], row: Row, identity: str, reading: Reading) ->
     if unused:
         raise BadRecord("uncited_image", f"{unused[0]} is filled but no text cites it")
     images = tuple(_image(raw.get(name), "input" if name in inputs else "step", reading, name) for name in names)
-    record = Record(
-        id=identity,
-        source=reading.source,
+    return reading.record(
+        row,
+        identity,
         license=reading.license(LICENSE),
-        split=row.split,
         kind="interleaved",
         question=_question(texts["Question"], inputs),
         images=images,
         steps=tuple(_steps(texts["Text Reasoning Trace"], names)),
         answer=check_text(texts["Final Answer"], "Final Answer", "empty_answer"),
     )
-    return check_record(record, reading.recipe.max_steps)
 
 
 def _order(name: str) -> tuple[str, int]:
