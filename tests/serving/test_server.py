@@ -519,7 +519,8 @@ def test_a_second_ctrl_c_gives_up_what_runs_in_good_order(model: Any, tmp_path: 
         with _open(address, body("go on", stream=True) | {"model": "endless"}) as running:
             begun = running.readline()
             server.send_signal(signal.SIGINT)
-            with pytest.raises(urllib.error.URLError):
+            # Refused, or cut off: which of both depends on whether the socket closes before or after it accepted.
+            with pytest.raises((urllib.error.URLError, ConnectionError)):
                 for _ in range(int(PATIENCE / 0.01)):
                     urllib.request.urlopen(f"{address}/models", timeout=PATIENCE).close()
             server.send_signal(signal.SIGINT)
