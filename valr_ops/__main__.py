@@ -78,6 +78,12 @@ def _parser() -> argparse.ArgumentParser:
     run = with_set(verb("run", _run, "make one artifact in this process, unless it is up to date"))
     run.add_argument("stage")
     run.add_argument("--force", action="store_true", help="make it even if it is up to date")
+    run.add_argument(
+        "--part",
+        type=_part,
+        metavar="I/N",
+        help="do the I-th of N parts (from 0), beside other processes; a run without --part then finishes",
+    )
 
     stages = verb("stages", _stages, "list the stages and what is out of date")
     stages.add_argument("--write", action="store_true", help="write dvc.yaml from the table of stages")
@@ -151,12 +157,22 @@ def _overrides(options: argparse.Namespace) -> dict[str, Any]:
     return {**inherited, **recipes.parse_set(options.set)}
 
 
+def _part(text: str) -> tuple[int, int]:
+    part, slash, parts = text.partition("/")
+    if not (slash and part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with 0 <= I < N, such as 0/4")
+    return int(part), int(parts)
+
+
 def _run(options: argparse.Namespace) -> int:
     from valr_ops import runner
     from valr_ops.store.progress import reporting_to_dagster
 
     with reporting_to_dagster():
-        outcome = runner.run(options.stage, _overrides(options), force=options.force)
+        if options.part is None:
+            outcome = runner.run(options.stage, _overrides(options), force=options.force)
+        else:
+            outcome = runner.run_part(options.stage, options.part, _overrides(options))
     _last_line(
         stage=outcome.stage,
         how=outcome.how,

@@ -22,7 +22,7 @@ from filelock import FileLock
 
 from valr_ops.recipe import recipes
 from valr_ops.recipe.recipe import Recipe, read
-from valr_ops.stages import RECIPE_FILE, Stage, stage, upstream
+from valr_ops.stages import RECIPE_FILE, STAGES, Stage, stage, upstream
 from valr_ops.store import lineage
 from valr_ops.store.artifacts import (
     ArtifactError,
@@ -38,7 +38,7 @@ from valr_ops.store.artifacts import (
     read_manifest,
     write_manifest,
 )
-from valr_ops.store.progress import ShowingProgress, open_progress
+from valr_ops.store.progress import Progress, ShowingProgress, open_progress
 
 
 class CheckFailedError(RuntimeError):
@@ -57,6 +57,10 @@ class Outcome:
     seconds: float
     report: StageReport
     input_digests: Mapping[str, str]
+
+
+class PartError(ValueError):
+    """A part of a stage that has no parts."""
 
 
 def run(name: str, overrides: Mapping[str, Any] | None = None, *, force: bool = False) -> Outcome:
@@ -80,6 +84,33 @@ def run(name: str, overrides: Mapping[str, Any] | None = None, *, force: bool = 
             raise
 
 
+def run_part(name: str, part: tuple[int, int], overrides: Mapping[str, Any] | None = None) -> Outcome:
+    """Do the i-th of n parts of a stage, beside the others; `run` then finds them done and makes the artifact.
+
+    Parts meet in ``.valr/work`` of the project folder, which they share; any number may run at a time.
+
+    Raises:
+        PartError: the stage can't be divided. Otherwise as `run`.
+    """
+    started, root, row = time.monotonic(), project_root(), stage(name)
+    if not row.splits:
+        able = ", ".join(one.name for one in STAGES if one.splits)
+        raise PartError(f"{name} has no parts; --part is for {able}")
+    progress = open_progress(root, f"{name}.{part[0]}")
+    try:
+        refresh_recipe(root, overrides or {})
+        states = Ledger(root).states(row.inputs)
+        for needed in row.inputs:
+            _require(needed, name, states[needed])
+        context = _context(root, row, _recipe_of_artifact(root, row), progress, out=root, part=part)
+        report: StageReport = row.load()(context)
+    except BaseException as error:
+        progress.failed(_sentence(error))
+        raise
+    progress.finished("made", f"part {part[0]} of {part[1]}")
+    return Outcome(name, "made", "", (), time.monotonic() - started, report, {})
+
+
 def _run(
     root: Path, row: Stage, overrides: Mapping[str, Any], force: bool, progress: ShowingProgress, started: float
 ) -> Outcome:
@@ -96,7 +127,7 @@ def _run(
     reasons = _reasons(root, row, recipe, states[row.name]) + (("it was forced",) if force else ())
     if not reasons:
         return _found(root, row, ledger, "hit", (), progress, started)
-    if not force and row.name != "recipe" and not row.external_inputs and ledger.restore(row.name):
+    if not force and row.name != "recipe" and ledger.restore(row.name) and not _changed_outside(root, row, recipe):
         return _found(root, row, ledger, "restored", reasons, progress, started)
     return _make(root, row, recipe, ledger, reasons, progress, started)
 
@@ -111,9 +142,13 @@ def _reasons(root: Path, row: Stage, recipe: Recipe, state: State) -> tuple[str,
         return (f"artifacts/{row.name} was deleted",)
     if row.name == "recipe" and _resolved(root) != recipe:
         return ("params.yaml or an override gives other values",)
-    if row.external_inputs and (changed := _function(row.external_inputs)(recipe, folder(root, row.name))):
-        return (changed,)
-    return ()
+    changed = _changed_outside(root, row, recipe)
+    return (changed,) if changed else ()
+
+
+def _changed_outside(root: Path, row: Stage, recipe: Recipe) -> str | None:
+    """What changed outside of the project since the artifact was made."""
+    return _function(row.external_inputs)(recipe, folder(root, row.name)) if row.external_inputs else None
 
 
 def refresh_recipe(root: Path, overrides: Mapping[str, Any]) -> bool:
@@ -150,25 +185,14 @@ def _make(
     started: float,
 ) -> Outcome:
     staged = _fresh(_state(root, "staging") / row.name)
-    work = _state(root, "work") / row.name
-    work.mkdir(parents=True, exist_ok=True)
     progress.say(f"running because {'; '.join(reasons)}")
-    context = StageContext(
-        stage=row.name,
-        recipe=recipe.for_variant(row.variant) if row.variant else recipe,
-        inputs={needed: folder(root, needed) for needed in row.inputs},
-        out=staged,
-        work=work,
-        progress=progress,
-        cache=_state(root, "cache") / row.name,
-        previous=published if (published := folder(root, row.name)).is_dir() else None,
-    )
+    context = _context(root, row, recipe, progress, staged)
     report: StageReport = row.load()(context)
     _audit(root, row, staged, report, progress)
     write_manifest(staged, row.name, report)
     publish(staged, folder(root, row.name), _state(root, "trash") / row.name)
     digest = ledger.commit(row.name) if ledger else directory_digest(folder(root, row.name))
-    shutil.rmtree(work, ignore_errors=True)
+    shutil.rmtree(context.work, ignore_errors=True)
     input_digests = {needed: _recorded(root, needed) for needed in row.inputs}
     outcome = Outcome(row.name, "made", digest, reasons, time.monotonic() - started, report, input_digests)
     url = lineage.record(
@@ -196,6 +220,24 @@ def _make(
     progress.finished(outcome.how, digest)
     progress.materialized(report, digest, folder(root, row.name), how="made", tracking_url=url)
     return outcome
+
+
+def _context(
+    root: Path, row: Stage, recipe: Recipe, progress: Progress, out: Path, part: tuple[int, int] | None = None
+) -> StageContext:
+    work, published = _state(root, "work") / row.name, folder(root, row.name)
+    work.mkdir(parents=True, exist_ok=True)
+    return StageContext(
+        stage=row.name,
+        recipe=recipe.for_variant(row.variant) if row.variant else recipe,
+        inputs={needed: folder(root, needed) for needed in row.inputs},
+        out=out,
+        work=work,
+        progress=progress,
+        cache=_state(root, "cache") / row.name,
+        previous=published if published.is_dir() else None,
+        part=part,
+    )
 
 
 def _found(

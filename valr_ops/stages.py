@@ -47,6 +47,8 @@ class Stage:
     """Name in ``recipe.variants`` that the stage trains or scores."""
     external_inputs: str | None = None
     """Dotted function ``(recipe, artifact folder) -> str | None`` that says what changed outside of the project."""
+    splits: bool = False
+    """Whether several processes or machines can each do a part of it (``valr run STAGE --part I/N``)."""
     checks: tuple[str, ...] = ()
     """Names of the blocking expectations that run on the staged artifact before it is published."""
 
@@ -127,12 +129,14 @@ def _teacher_features(teacher: str, label: str, library: str = "timm", also_read
     return Stage(
         name=f"teacher_features_{teacher}",
         group="teachers",
-        summary=f"Patch features of the frozen {label} for every target of the corpus, in a few large shards.",
+        summary=f"Patch features of the frozen {label} for the targets of the corpus, stored or left to training.",
         function="valr_ops.teachers.features:build_teacher_features",
         inputs=("cot_corpus", "latent_corpus", *also_reads),
         parameters=("seed", f"teachers.{teacher}", "runtime"),
         kinds=("torch", library, "safetensors"),
         resources="gpu",
+        external_inputs="valr_ops.teachers.weights:changed_weights",
+        splits=True,
         checks=("features_are_whole",),
     )
 
@@ -231,6 +235,9 @@ STAGES: tuple[Stage, ...] = (
     _teacher_features("dinov3", "DINOv3"),
     _teacher_features("siglip2", "SigLIP2"),
     _teacher_features("pi3", "π³"),
+    _teacher_features("dinov2", "DINOv2"),
+    _teacher_features("clip", "CLIP"),
+    _teacher_features("efficientnet", "EfficientNet-Lite0"),
     _teacher_features("qwen", "Qwen2.5-VL vision tower", library="transformers", also_reads=("base_model",)),
     Stage(
         name="stage1_sft",
@@ -304,8 +311,9 @@ def dvc_yaml() -> str:
         rows[row.name] = {
             "desc": row.summary,
             "cmd": f"python -m valr_ops run {row.name}",
-            # The verb itself looks whether folders outside of the project changed.
-            **({"always_changed": True} if row.external_inputs else {}),
+            # The verb itself looks whether folders outside of the project changed. Not so for a stage with inputs: DVC
+            # deletes what it makes again, which would be terabytes; whoever reads them holds the weights against them.
+            **({"always_changed": True} if row.external_inputs and not row.inputs else {}),
             "deps": [*inputs, *row.code],
             **({"params": [{RECIPE_FILE: list(row.parameters)}]} if row.parameters else {}),
             "outs": [f"artifacts/{row.name}"],

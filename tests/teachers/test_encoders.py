@@ -38,7 +38,7 @@ def recipe(name: str, **changes: Any) -> TeacherRecipe:
 def untrained(name: str, **changes: Any) -> Teacher:
     torch.manual_seed(0)
     wanted = recipe(name, **changes)
-    return Teacher(name, wanted, _build(name, wanted))
+    return Teacher(name, wanted, _build(name, wanted, folder=None))
 
 
 def picture(width: int, height: int) -> PIL.Image.Image:

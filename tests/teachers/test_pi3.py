@@ -24,7 +24,8 @@ def tiny_pi3(dtype: torch.dtype = torch.float64) -> Pi3:
 
 
 def views(*shape: int) -> Tensor:
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    """Views as they are after normalisation."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
 def test_parameter_counts_are_those_of_the_public_checkpoint() -> None:
@@ -76,33 +77,33 @@ def test_names_and_shapes_are_those_of_the_public_checkpoint() -> None:
 def test_permuting_the_views_permutes_the_features() -> None:
     model, images = tiny_pi3(), views(2, 3, 3, 28, 42)
     order = [2, 0, 1]
-    torch.testing.assert_close(model(images[:, order]), model(images)[:, order], rtol=0, atol=1e-12)
+    torch.testing.assert_close(model.joint(images[:, order]), model.joint(images)[:, order], rtol=0, atol=1e-12)
 
 
 def test_a_scene_does_not_depend_on_the_other_scenes_of_the_batch() -> None:
     model, images = tiny_pi3(), views(2, 3, 3, 28, 28)
-    torch.testing.assert_close(model(images)[1:], model(images[1:]), rtol=0, atol=1e-12)
+    torch.testing.assert_close(model.joint(images)[1:], model.joint(images[1:]), rtol=0, atol=1e-12)
 
 
 def test_a_view_seen_with_copies_of_itself_is_the_view_seen_alone() -> None:
     model, images = tiny_pi3(), views(1, 1, 3, 28, 28)
-    alone = model(images)
+    alone = model.joint(images)
     # Attention over identical copies of all keys and values is attention over one copy.
-    torch.testing.assert_close(model(images.repeat(1, 3, 1, 1, 1))[:, 1:2], alone, rtol=0, atol=1e-12)
+    torch.testing.assert_close(model.joint(images.repeat(1, 3, 1, 1, 1))[:, 1:2], alone, rtol=0, atol=1e-12)
 
 
 def test_other_views_change_the_features_of_a_view() -> None:
     model, images = tiny_pi3(), views(1, 2, 3, 28, 28)
-    together, alone = model(images)[:, :1], model(images[:, :1])
+    together, alone = model.joint(images)[:, :1], model.joint(images[:, :1])
     assert (together - alone).norm() > 1e-3 * alone.norm()
 
 
 def test_the_first_half_of_the_channels_never_saw_the_last_global_block() -> None:
     model, images = tiny_pi3(), views(1, 2, 3, 28, 28)
-    before = model(images)
+    before = model.joint(images)
     with torch.no_grad():
         model.decoder[-1].ls1.gamma.mul_(2.0)  # type: ignore[union-attr,operator]
-    after = model(images)
+    after = model.joint(images)
     assert torch.equal(before[..., :16], after[..., :16])
     assert not torch.allclose(before[..., 16:], after[..., 16:])
 
@@ -110,19 +111,17 @@ def test_the_first_half_of_the_channels_never_saw_the_last_global_block() -> Non
 @pytest.mark.parametrize(("height", "width"), [(56, 56), (28, 42)])
 def test_features_equal_a_slow_formulation_token_by_token(height: int, width: int) -> None:
     model, images = tiny_pi3(), views(1, 2, 3, height, width)
-    torch.testing.assert_close(model(images), slow_pi3(model, images), rtol=0, atol=1e-10)
+    torch.testing.assert_close(model.joint(images), slow_pi3(model, images), rtol=0, atol=1e-10)
 
 
 def slow_pi3(model: Pi3, images: Tensor) -> Tensor:
     """The description of the architecture, one token and head at a time, rotations as complex numbers."""
     weights = dict(model.state_dict())
-    mean = torch.tensor([0.485, 0.456, 0.406]).double()
-    std = torch.tensor([0.229, 0.224, 0.225]).double()
     _, count, _, height, width = images.shape
     rows, columns = height // 14, width // 14
     scene = []
     for view in images[0]:
-        tokens = slow_encoder(weights, (view - mean.view(3, 1, 1)) / std.view(3, 1, 1), rows, columns)
+        tokens = slow_encoder(weights, view, rows, columns)
         scene.append([*weights["register_token"][0, 0], *tokens])
     places = [(0, 0)] * 5 + [(row + 1, column + 1) for row in range(rows) for column in range(columns)]
     kept = []
@@ -219,7 +218,7 @@ def test_the_public_checkpoint_loads_without_its_geometry_heads() -> None:
     heads = {f"{prefix}0.weight": torch.zeros(1) for prefix in HEAD_PREFIXES}
     load_strictly(model, source.state_dict() | heads, ignored_prefixes=HEAD_PREFIXES, where="test")
     images = views(1, 1, 3, 28, 28)
-    assert torch.equal(model.eval()(images), source(images))
+    assert torch.equal(model.eval().joint(images), source.joint(images))
 
 
 @pytest.mark.parametrize("other", ["depth_encoder.0.weight", "ray_embed.weight", "metric_token"])

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import signal
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from tests import tiny
 from valr_ops.data.corpus import write_images
 from valr_ops.data.records import Image
-from valr_ops.data.sequences import Sequence, Sequences, batch_of, write_sequences
+from valr_ops.data.sequences import Sequence, Sequences, Target, batch_of, write_sequences
 from valr_ops.model.qwen import save_model
 from valr_ops.recipe.recipe import Recipe
 from valr_ops.store.artifacts import StageContext
 from valr_ops.store.progress import Progress
+from valr_ops.teachers.stored import Shard, ShardWriter, shard_name, write_index, write_targets
 
 GRID, DIMENSION = (3, 3), 6
 
@@ -63,14 +62,21 @@ def _write_features(folder: Path, teacher: str, seed: int) -> None:
     targets = [(one.digest, one.box) for sequence in sequences() for one in sequence.segments if one.digest is not None]
     distinct = sorted(set(targets), key=str)
     of_image = {digest: torch.randn(*GRID, DIMENSION, generator=generator) for digest, _ in distinct}
-    features = torch.stack([of_image[digest] for digest, _ in distinct]).to(torch.bfloat16)
-    save_file({"features": features}, folder / "features-00000.safetensors")
-    entries = [
-        {"digest": tiny.digest(digest), "box": box, "shard": "features-00000.safetensors", "row": row, "grid": GRID}
-        for row, (digest, box) in enumerate(distinct)
-    ]
-    head = {"teacher": teacher, "dim": DIMENSION, "dtype": "bfloat16", "license": "none", "fingerprint": "0"}
-    (folder / "index.json").write_text(json.dumps({**head, "targets": entries}))
+    store_features(folder, teacher, {Target(tiny.digest(name), box): of_image[name] for name, box in distinct})
+
+
+def store_features(folder: Path, teacher: str, features: dict[Target, torch.Tensor]) -> None:
+    """Write a `teacher_features_<teacher>` with these features ``[rows, columns, dim]``."""
+    values = torch.stack(list(features.values()))
+    rows, columns, dim = values.shape[1:]
+    writer = ShardWriter(folder / shard_name(0), len(values), (rows, columns), dim, "bfloat16")
+    writer.write(values, [False] * len(values))
+    writer.finish()
+    shard = Shard(folder / shard_name(0), "")
+    write_targets(folder, [(list(features), shard.states)])
+    head = {"teacher": teacher, "mode": "stored", "dim": dim, "grid": [rows, columns], "fingerprint": "0"}
+    about = {"license": "none", "views": "single", "weights_sample": None, "storage": "bfloat16"}
+    write_index(folder, {**head, **about, "shards": [{"file": shard_name(0)}]})
 
 
 class Listening(Progress):

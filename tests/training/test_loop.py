@@ -25,6 +25,7 @@ from tests.training.inputs import (
     content,
     context,
     sequences,
+    store_features,
     write_corpus,
     write_inputs,
 )
@@ -35,6 +36,7 @@ from valr_ops.model.alignment import Projectors
 from valr_ops.model.checkpoint import CheckpointError
 from valr_ops.recipe.recipe import Recipe, RecipeError
 from valr_ops.store.artifacts import StageReport
+from valr_ops.teachers.stored import FeatureStore
 from valr_ops.training import loop
 from valr_ops.training.engine import Ranks
 from valr_ops.training.loop import build_stage1, build_stage2
@@ -277,12 +279,12 @@ def test_a_run_with_one_batch_of_eight_has_the_losses_of_four_of_two(
 
 def test_a_step_that_is_not_finite_names_its_records_and_publishes_nothing(tmp_path: Path) -> None:
     inputs = write_inputs(tmp_path / "inputs")
-    shard = inputs["teacher_features_dinov3"] / "features-00000.safetensors"
-    index = json.loads((shard.parent / "index.json").read_text())["targets"]
-    features = load_file(shard)["features"]
-    poisoned = next(place for place, target in enumerate(index) if target["digest"] == tiny.digest("wide"))
-    features[poisoned] = float("nan")
-    save_file({"features": features}, shard)
+    folder = inputs["teacher_features_dinov3"]
+    store = FeatureStore(folder)
+    features = {target: store.get(target).clone() for target in store}
+    poisoned = next(target for target in features if target.digest == tiny.digest("wide"))
+    features[poisoned].fill_(float("nan"))
+    store_features(folder, "dinov3", features)
     with pytest.raises(TrainingError, match=r"update 1: loss is nan.*The weights were not changed") as error:
         stage2(inputs, tmp_path, **{"stage2.micro_batch": 1, "stage2.accumulation": 8})
     about_wide = {one.id for one in sequences()[:8] if "wide" in one.image_digests}

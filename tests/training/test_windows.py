@@ -104,7 +104,7 @@ def test_records_of_like_size_share_a_micro_batch(corpus: Sequences) -> None:
 def test_micro_batches_are_planned_without_reading_a_record(corpus: Sequences, monkeypatch: pytest.MonkeyPatch) -> None:
     planned: list[int] = []
     made = windows(corpus, 2, 2)
-    monkeypatch.setattr(made, "share", lambda of: planned.append(len(of)))
+    monkeypatch.setattr(made, "shares", lambda lists: planned.extend(map(len, lists)))
     read: list[int] = []
     monkeypatch.setattr(Sequences, "__getitem__", lambda self, place: read.append(place))
     assert len(list(made.heaviest(0, 5))) == 2

@@ -19,7 +19,7 @@ from torch import Tensor
 from valr_ops.data.corpus import CorpusError
 from valr_ops.data.records import Box
 from valr_ops.data.rewriting import ControlTokens
-from valr_ops.data.sequences import Sequence
+from valr_ops.data.sequences import Sequence, Target
 from valr_ops.data.shards import ShardError
 from valr_ops.recipe.recipe import LatentRecipe
 from valr_ops.torchvision_guard import ensure_torchvision
@@ -69,8 +69,8 @@ class Batch:
     """[S] int64; row of each segment."""
     segment_starts: Tensor
     """[S] int64; column of each segment's first slot."""
-    targets: list[tuple[str, Box | None] | None]
-    """Length S; the image and box that each segment looks at, or None."""
+    targets: list[Target | None]
+    """Length S; what each segment looks at, or None."""
     record_ids: list[str]
     """Length B."""
     pixel_values_videos: Tensor | None = None
@@ -142,7 +142,7 @@ class Collator:
         ]
         grids = [grid for sequence in sequences for grid in sequence.image_grids]
         segments = [(row, start) for row, (_, _, starts) in enumerate(rows) for start in starts]
-        seen = [segment for sequence in sequences for segment in sequence.segments] if self.latents else []
+        targets = [target for sequence in sequences for target in sequence.targets] if self.latents else []
         return Batch(
             input_ids=torch.from_numpy(input_ids),
             attention_mask=torch.from_numpy(attention_mask),
@@ -153,7 +153,7 @@ class Collator:
             slot_mask=torch.from_numpy(slot_mask),
             segment_rows=torch.tensor([row for row, _ in segments], dtype=torch.int64),
             segment_starts=torch.tensor([start for _, start in segments], dtype=torch.int64),
-            targets=[None if segment.digest is None else (segment.digest, segment.box) for segment in seen],
+            targets=targets,
             record_ids=[sequence.id for sequence in sequences],
         )
 

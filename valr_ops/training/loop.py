@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +29,7 @@ from valr_ops.model.qwen import check_block, load_model, save_model
 from valr_ops.recipe.recipe import Recipe, RecipeError, TrainingRecipe
 from valr_ops.store.artifacts import Check, StageContext, StageReport
 from valr_ops.store.progress import Progress
-from valr_ops.teachers.features import open_stores
+from valr_ops.teachers.features import open_features, rejected_records
 from valr_ops.torchvision_guard import ensure_torchvision
 from valr_ops.training import launch, log, schedule
 from valr_ops.training.engine import Ranks, join_ranks, make_engine
@@ -189,15 +189,20 @@ def _build(context: StageContext, stage: Literal[1, 2], start: str) -> StageRepo
     aligned = stage == 2 and recipe.alignment.weight > 0
     if aligned:
         check_block(model.config, recipe.alignment.block)
-    stores = open_stores(context.stage, recipe.alignment.teachers if aligned else (), inputs)
-    dimensions = {name: store.dim for name, store in stores.items()}
+    images = ImageStore(inputs["cot_corpus"])
+    teachers = recipe.alignment.teachers if aligned else ()
+    sources = open_features(replace(context, progress=progress), teachers, images, str(ranks.device))
+    dimensions = {name: source.dim for name, source in sources.items()}
     width = model.lm_head.in_features
     projectors = Projectors(dimensions, width, recipe.alignment).to(ranks.device) if aligned else None
     objective = Objective(model, projectors, recipe)
     groups = schedule.parameter_groups(model.parameters(), projectors.parameters() if projectors else (), training)
     engine = make_engine(objective, groups, training, ranks)
 
-    sequences = Sequences(inputs["latent_corpus"], "train")
+    rejected = rejected_records(inputs, teachers)
+    sequences = Sequences(inputs["latent_corpus"], "train").without(rejected)
+    if rejected:
+        progress.say(f"{len(rejected)} records are left out, because an image that a teacher needs can't be decoded")
     if not len(sequences):
         raise TrainingError(
             f"{inputs['latent_corpus']} has no sequence of the split train; look at rejects.jsonl there and in "
@@ -207,11 +212,10 @@ def _build(context: StageContext, stage: Literal[1, 2], start: str) -> StageRepo
     if training.records is not None:
         # Fewer records, seen more often in the same number of updates (figure 3).
         sequences = sequences.taken(order(len(sequences), recipe.seed, 0)[: training.records])
-    images = ImageStore(inputs["cot_corpus"])
     windows = Windows(
         sequences,
         Collator(images, processor, recipe.latents if stage == 2 else None, max_length=recipe.data.max_length),
-        stores,
+        sources,
         micro_batch=training.micro_batch,
         accumulation=training.accumulation,
         seed=recipe.seed,
@@ -242,7 +246,7 @@ def _build(context: StageContext, stage: Literal[1, 2], start: str) -> StageRepo
         clock=clock,
         progress=progress,
     )
-    held_out = Sequences(inputs["latent_corpus"], "validation")
+    held_out = Sequences(inputs["latent_corpus"], "validation").without(rejected)
     if not len(held_out):
         progress.say("no sequence is held out, so there is no validation loss (data.validation_fraction)")
     validation = validate(engine, objective, windows, held_out)

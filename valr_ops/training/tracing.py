@@ -42,7 +42,7 @@ from valr_ops.data.sources.reading import Reading, Row
 from valr_ops.model.qwen import rope_positions
 from valr_ops.recipe.recipe import Recipe
 from valr_ops.store.artifacts import folder
-from valr_ops.teachers.features import FeatureError, FeatureStore
+from valr_ops.teachers.stored import FeatureError, FeatureStore, read_index
 from valr_ops.torchvision_guard import ensure_torchvision
 
 ensure_torchvision()
@@ -565,16 +565,20 @@ def _spread(ids: Tensor) -> str:
 
 
 def _show_features(console: Console, batch: Batch, recipe: Recipe, root: Path) -> None:
-    """Which stored features each teacher has for the segments."""
+    """Which features each teacher has for the segments."""
     targets = [target for target in batch.targets if target is not None]
     if not targets:
         return
     console.print()
     for teacher in recipe.alignment.teachers:
         try:
-            store = FeatureStore(folder(root, f"teacher_features_{teacher}"))
-            shapes = sorted({str([*store.get(*target).shape]) for target in targets})
-            about = f"patch features {', '.join(shapes)} for {len(targets)} segments"
+            artifact = folder(root, f"teacher_features_{teacher}")
+            index = read_index(artifact)
+            if index["mode"] == "stored":
+                shapes = sorted({str([*one.shape]) for one in FeatureStore(artifact).features(targets)})
+            else:
+                shapes = [str([*index["grid"], index["dim"]])]
+            about = f"patch features {', '.join(shapes)}, {index['mode']}, for {len(targets)} segments"
         except FeatureError as error:
             about = str(error)
         console.print(Text.assemble((f"aligned to {teacher}  ", "dim"), about))

@@ -1,7 +1,7 @@
 """What the updates read: windows of micro-batches with their teacher features, prepared one ahead in a thread.
 
-In: the sequences of the rewritten corpus, a collator, the feature stores. Out: for every update the micro-batches of
-this rank.
+In: the sequences of the rewritten corpus, a collator, and where teacher features come from. Out: for every update the
+micro-batches of this rank.
 Always: the records of update u are the visits u * n .. (u + 1) * n of a run (`valr_ops.data.sequences.Visits`), so
 windows are full, a resumed run needs only the number of the update, and the same records stand in a window for every
 micro-batch size and number of ranks. Within a window, records of like size share a micro-batch; sizes are known without
@@ -22,7 +22,7 @@ from torch import Tensor
 from valr_ops.data.batching import IGNORED, Batch, Collator
 from valr_ops.data.sequences import Sequence, Sequences
 from valr_ops.recipe.cost import Shape, batch_flops
-from valr_ops.teachers.features import FeatureStore
+from valr_ops.teachers.online import FeatureSource
 from valr_ops.training.engine import Ranks
 
 Features = Mapping[str, list[Tensor | None]]
@@ -76,14 +76,14 @@ class Windows:
         self,
         sequences: Sequences,
         collate: Collator,
-        stores: Mapping[str, FeatureStore],
+        sources: Mapping[str, FeatureSource],
         *,
         micro_batch: int,
         accumulation: int,
         seed: int,
         ranks: Ranks,
     ) -> None:
-        self._sequences, self._collate, self._stores = sequences, collate, stores
+        self._sequences, self._collate, self._sources = sequences, collate, sources
         self._micro_batch, self._ranks = micro_batch, ranks
         self.records = micro_batch * accumulation * ranks.size
         """Number of records in the global window."""
@@ -106,7 +106,7 @@ class Windows:
         for place in drawn:
             digest.update(np.ascontiguousarray(read[place].input_ids, dtype=np.int32).tobytes())
         mine = self._micro_batches(update)[self._ranks.rank :: self._ranks.size]
-        return Window([self.share([read[place] for place in places]) for places in mine], digest.digest())
+        return Window(self.shares([[read[place] for place in places] for places in mine]), digest.digest())
 
     def heaviest(self, start: int, stop: int) -> Iterator[list[Share]]:
         """The worst that a rank computes in the updates `start` .. `stop` - 1, the same on every rank.
@@ -126,16 +126,23 @@ class Windows:
             turn, rank = divmod(heaviest, self._ranks.size)
             window = self._micro_batches(update)[rank :: self._ranks.size]
             window.insert(0, window.pop(turn))
-            yield [self.share([self._sequences[place] for place in places]) for places in window]
+            yield self.shares([[self._sequences[place] for place in places] for places in window])
 
-    def share(self, sequences: list[Sequence]) -> Share:
-        """One micro-batch of `sequences`."""
-        batch = self._collate(sequences)
-        features = {
-            teacher: [None if target is None else store.get(*target) for target in batch.targets]
-            for teacher, store in self._stores.items()
-        }
-        return Share(batch, features)
+    def shares(self, micro_batches: list[list[Sequence]]) -> list[Share]:
+        """A micro-batch of each list of sequences; each teacher is asked once for what all of them look at."""
+        batches = [self._collate(sequences) for sequences in micro_batches]
+        targets = [target for batch in batches for target in batch.targets if target is not None]
+        coming = {teacher: iter(source.features(targets)) for teacher, source in self._sources.items()}
+        return [
+            Share(
+                batch,
+                {
+                    teacher: [None if target is None else next(features) for target in batch.targets]
+                    for teacher, features in coming.items()
+                },
+            )
+            for batch in batches
+        ]
 
     def every(self, sequences: Sequences) -> Iterator[list[Share]]:
         """This rank's micro-batches of one pass over `sequences`, of like sizes, a window's worth at a time."""
@@ -144,10 +151,8 @@ class Windows:
         starts = range(self._ranks.rank * self._micro_batch, len(near), step)
         per_window = self.records // step
         for first in range(0, len(starts), per_window):
-            yield [
-                self.share([sequences[place] for place in near[at : at + self._micro_batch]])
-                for at in starts[first : first + per_window]
-            ]
+            of_window = starts[first : first + per_window]
+            yield self.shares([[sequences[place] for place in near[at : at + self._micro_batch]] for at in of_window])
 
     def ahead(self, start: int, stop: int) -> Iterator[tuple[Window, float]]:
         """Windows `start` .. `stop` - 1 in order, each with the seconds that were spent waiting for it."""
