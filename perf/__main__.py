@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
-from perf import commands, data, method
+from perf import commands, data, method, teachers
 from perf.rows import CHECKOUT, Row, table
 
 RESULTS = CHECKOUT / "perf" / "results.json"
@@ -32,6 +32,10 @@ BENCHMARKS: dict[str, Callable[[], Iterator[Row]]] = {
         method.memory,
         method.generation,
         method.gpu,
+        teachers.extraction,
+        teachers.stored_reading,
+        teachers.stored_bytes,
+        teachers.gpu_teachers,
     )
 }
 

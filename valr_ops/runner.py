@@ -84,10 +84,13 @@ def run(name: str, overrides: Mapping[str, Any] | None = None, *, force: bool = 
             raise
 
 
-def run_part(name: str, part: tuple[int, int], overrides: Mapping[str, Any] | None = None) -> Outcome:
+def run_part(
+    name: str, part: tuple[int, int], overrides: Mapping[str, Any] | None = None, *, force: bool = False
+) -> Outcome:
     """Do the i-th of n parts of a stage, beside the others; `run` then finds them done and makes the artifact.
 
-    Parts meet in ``.valr/work`` of the project folder, which they share; any number may run at a time.
+    Parts meet in ``.valr/work`` of the project folder, which they share; any number may run at a time. An artifact that
+    is up to date needs no part.
 
     Raises:
         PartError: the stage can't be divided. Otherwise as `run`.
@@ -99,10 +102,13 @@ def run_part(name: str, part: tuple[int, int], overrides: Mapping[str, Any] | No
     progress = open_progress(root, f"{name}.{part[0]}")
     try:
         refresh_recipe(root, overrides or {})
-        states = Ledger(root).states(row.inputs)
+        ledger, recipe = Ledger(root), _recipe_of_artifact(root, row)
+        states = ledger.states([*row.inputs, name])
         for needed in row.inputs:
             _require(needed, name, states[needed])
-        context = _context(root, row, _recipe_of_artifact(root, row), progress, out=root, part=part)
+        if not force and not _reasons(root, row, recipe, states[name]):
+            return _found(root, row, ledger, "hit", (), progress, started)
+        context = _context(root, row, recipe, progress, out=root, part=part)
         report: StageReport = row.load()(context)
     except BaseException as error:
         progress.failed(_sentence(error))

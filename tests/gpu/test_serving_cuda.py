@@ -123,4 +123,4 @@ def test_a_batch_that_does_not_fit_is_answered_row_by_row(device: str) -> None:
 
 def test_a_lost_gpu_ends_the_serving(device: str) -> None:
     ran = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=PATIENCE, check=True)
-    assert ran.stdout.splitlines() == ["first broken True", "second broken True"], ran.stderr[-2000:]
+    assert ran.stdout.splitlines() == ["first error True", "second broken True"], ran.stderr[-2000:]

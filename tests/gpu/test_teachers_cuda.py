@@ -20,7 +20,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "dinov3": {"architecture": "timm", "model": "vit_large_patch16_dinov3", "image_pixels": 64},
     "siglip2": {"architecture": "timm", "model": "vit_large_patch16_siglip_256", "image_pixels": 64},
     "pi3": {"architecture": "pi3", "model": "vit_large_patch14_reg4_dinov2", "image_pixels": 56},
-    "qwen": {"architecture": "qwen2_5_vl", "model": QWEN_TOWER, "image_pixels": 56},
+    "qwen": {"architecture": "qwen2_5_vl", "model": QWEN_TOWER, "image_pixels": 64},
 }
 
 

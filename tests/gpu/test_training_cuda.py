@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 
 from tests import tiny
 from tests.training.inputs import DyingAt, Listening, context, write_inputs
+from valr_ops.data.batching import collate
 from valr_ops.model.latents import forward
 from valr_ops.model.qwen import load_model
 from valr_ops.recipe.recipe import RecipeError, RuntimeRecipe
@@ -59,21 +60,14 @@ def rows(progress: Listening, names: tuple[str, ...]) -> list[float]:
 def test_stage_1_has_the_losses_of_the_cpu(
     inputs: dict[str, Path], tmp_path: Path, device: str, precision: str, rounding: float
 ) -> None:
-    logged = []
+    logged: list[list[Any]] = []
     for where, how in (("cpu", "float32"), (device, precision)):
-        changes: dict[str, Any] = {
-            "stage1.max_updates": 3,
-            "stage1.epochs": 9,
-            "runtime.device": where,
-            "stage1.precision": how,
-        }
-        progress = Listening()
-        report = build_stage1(
-            context("stage1_sft", tiny.recipe(**changes), inputs, tmp_path / f"{where}-{how}", progress)
-        )
+        changes = {"stage1.max_updates": 3, "stage1.epochs": 9, "runtime.device": where, "stage1.precision": how}
+        root, progress = tmp_path / str(len(logged)), Listening()
+        report = build_stage1(context("stage1_sft", tiny.recipe(**changes), inputs, root, progress))
         logged.append([*rows(progress, FIGURES), report.summary["validation/ce"]])
     assert logged[1] == pytest.approx(logged[0], rel=rounding)
-    weights = load_file(tmp_path / f"{device}-{precision}" / "out" / "model.safetensors")
+    weights = load_file(root / "out" / "model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {getattr(torch, precision)}
 
 
@@ -139,11 +133,7 @@ def test_deepspeed_has_the_losses_of_torch(
     pytest.importorskip("deepspeed")
     how: dict[str, Any] = {"latents.method": "two_pass", "stage2.precision": precision}
     _, wanted = stage2(inputs, tmp_path / "torch", device, **how)
-    try:
-        _, found = stage2(inputs, tmp_path / "deepspeed", device, **{**how, "stage2.engine": "deepspeed"})
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    _, found = stage2(inputs, tmp_path / "deepspeed", device, **{**how, "stage2.engine": "deepspeed"})
     names = (*FIGURES, *LATENT_FIGURES)
     assert rows(found, names) == pytest.approx(rows(wanted, names), rel=rounding, abs=rounding / 5)
 
@@ -174,6 +164,9 @@ def test_a_gpu_that_is_full_is_an_error_about_the_records_before_the_first_updat
     assert "OutOfMemoryError" in message
     assert not progress.logged and not list((tmp_path / "work").iterdir())
     monkeypatch.undo()
+    # A checkpointed forward that fails leaves its hooks to torch until its frames are gone, which the error holds.
+    del error
+    gc.collect()
     _, afterwards = stage2(inputs, tmp_path / "afterwards", device)
     assert len(afterwards.logged) == 3
 
@@ -191,7 +184,7 @@ def test_the_ranks_sums_are_exact_and_the_peak_is_the_data_sheets_or_left_out(de
     assert ranks == Ranks(0, 1, torch.device(device, 0))
     assert ranks.sum([2.0**53 - 1, 0.1]) == [2.0**53 - 1, 0.1] and ranks.largest(0.1) == 0.1
     for precision in ("float32", "bfloat16"):
-        flops, words = peak(ranks, precision)  # type: ignore[arg-type]
+        flops, words = peak(ranks, precision)
         assert torch.cuda.get_device_name() in words
         assert flops is None or flops > 1e12
 
@@ -199,11 +192,11 @@ def test_the_ranks_sums_are_exact_and_the_peak_is_the_data_sheets_or_left_out(de
 def test_a_trained_model_is_loaded_onto_the_gpu_and_computes_there(
     inputs: dict[str, Path], tmp_path: Path, device: str
 ) -> None:
-    from valr_ops.data.batching import collate
-
-    stage2(inputs, tmp_path, device, **{"stage2.max_updates": 1, "stage2.precision": "bfloat16"})
+    changes: dict[str, Any] = {"stage2.max_updates": 1, "stage2.precision": "bfloat16"}
+    stage2(inputs, tmp_path, device, **changes)
     recipe, losses = tiny.recipe(), []
     for where, precision in (("cpu", "float32"), (device, "bfloat16")):
+        model: Any
         model, processor = load_model(tmp_path / "out", where, precision)
         given = collate(tiny.sequences(), tiny.images(), processor, latents=recipe.latents).to(model.device)
         with torch.no_grad():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -85,3 +87,64 @@ def test_zero_2_splits_gradients_and_state_but_not_the_weights() -> None:
     assert four == weights + 14 * cost.QWEN_7B.decoder_parameters // 4
     alone = stage.model_copy(update={"engine": "torch"})
     assert cost.training_bytes(cost.QWEN_7B, alone, 4) == one
+
+
+# --------------------------------------------------------------------------------------------------- stored or online
+
+
+def choose(**changes: Any) -> cost.FeatureChoice:
+    """1,000 images of 0.5 MB, each visited twice, by an encoder of 100 images a second and a disk of 1 GB/s."""
+    facts: dict[str, Any] = {
+        "wish": "auto",
+        "images_per_second": 100.0,
+        "image_bytes": 500_000,
+        "images": 1000,
+        "visits": 2000,
+        "bytes_per_second": 1e9,
+        "largest_bytes": 1e12,
+    }
+    return cost.choose_features(**facts | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "mode", "online", "stored"),
+    [
+        # 2,000 images computed; or 1,000 computed, 0.5 GB written and 1 GB read.
+        ({}, "stored", 20.0, 11.5),
+        ({"visits": 1000}, "online", 10.0, 11.0),
+        ({"images_per_second": 1000.0}, "online", 2.0, 2.5),
+        ({"bytes_per_second": 1e8}, "online", 20.0, 25.0),
+        ({"image_bytes": 5_000_000}, "online", 20.0, 25.0),
+        ({"image_bytes": 5_000_000, "bytes_per_second": 1e10}, "stored", 20.0, 11.5),
+        ({"images_per_second": 1000.0, "visits": 1e5}, "stored", 100.0, 51.5),
+        ({"visits": 0.5}, "online", 0.005, 10.50025),
+    ],
+)
+def test_features_are_stored_where_that_costs_fewer_seconds(
+    changes: dict[str, Any], mode: str, online: float, stored: float
+) -> None:
+    choice = choose(**changes)
+    assert choice.mode == mode
+    assert choice.seconds == pytest.approx({"online_seconds": online, "stored_seconds": stored})
+
+
+@pytest.mark.parametrize("wish", ["stored", "online"])
+def test_the_recipe_overrules_the_numbers(wish: Any) -> None:
+    for visits in (1, 1e9):
+        choice = choose(wish=wish, images_per_second=None, visits=visits, largest_bytes=1)
+        assert choice.mode == wish and choice.seconds == {}
+        assert choice.reason == f"features are {wish}, as the recipe says; 1,000 images, 0.5 GB stored"
+
+
+def test_a_store_larger_than_the_recipe_allows_is_not_made() -> None:
+    assert choose(largest_bytes=5e8).mode == "stored"
+    choice = choose(largest_bytes=5e8 - 1)
+    assert choice.mode == "online" and choice.seconds["stored_seconds"] < choice.seconds["online_seconds"]
+    assert "because the store would be larger than runtime.feature_bytes=5e+08" in choice.reason
+
+
+def test_the_reason_holds_the_numbers() -> None:
+    assert choose().reason == (
+        "features are stored, the cheaper way; 100 images/s, 2,000 visits to 1,000 images, 0.5 GB stored: "
+        "online 20 s, stored 11.5 s with a disk of 1 GB/s"
+    )

@@ -75,6 +75,12 @@ def test_a_recipe_can_not_be_changed_in_place() -> None:
             r"^teachers.qwen: model='qwen' but architecture qwen2_5_vl has one class; set",
         ),
         ({"teachers.qwen.pretraining_steps": 9}, r"^teachers.qwen: pretraining_steps can't be set with .*qwen2_5_vl"),
+        (
+            {"teachers.dinov3.architecture": "transformers"},
+            r"^teachers.dinov3: arguments and pretraining_steps can't be set with architecture transformers",
+        ),
+        ({"teachers.pi3.layer": 3}, r"^teachers.pi3: layer=3 can't be chosen with architecture pi3, only with timm"),
+        ({"teachers.dinov3.views": "joint"}, r"^teachers.dinov3: views=joint but timm sees one image at a time"),
         ({"variants.valr_s.block": 9}, r"^variants.valr_s.block=9 but this model has blocks 0..3"),
         ({"alignment.teachers": ["dinov4"]}, "alignment.teachers names 'dinov4', .* did you mean 'dinov3'"),
         ({"variants.valr_s.teachers": ["clip"]}, "variants.valr_s.teachers names 'clip', which is not in teachers"),

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +17,18 @@ import PIL.Image
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from tests import tiny
 from valr_ops.model.qwen import save_model
 from valr_ops.recipe.recipe import QWEN_TOWER, TeacherRecipe
+from valr_ops.teachers import pretraining
 from valr_ops.teachers.encoders import Teacher, TeacherError, _build, load_teacher, read_teacher
+from valr_ops.torchvision_guard import ensure_torchvision
+
+ensure_torchvision()
+
+import timm  # noqa: E402
 
 WIDTHS = {"embed_dim": 16, "depth": 1, "num_heads": 2}
 RECIPES = {
@@ -39,6 +50,13 @@ def untrained(name: str, **changes: Any) -> Teacher:
     torch.manual_seed(0)
     wanted = recipe(name, **changes)
     return Teacher(name, wanted, _build(name, wanted, folder=None))
+
+
+@pytest.fixture
+def few_scenes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that train, but not for what is learned."""
+    monkeypatch.setattr(pretraining, "_TRAIN_SCENES", 8)
+    monkeypatch.setattr(pretraining, "_HELD_OUT_SCENES", 8)
 
 
 def picture(width: int, height: int) -> PIL.Image.Image:
@@ -110,6 +128,141 @@ def test_a_black_image_enters_the_model_at_minus_mean_over_deviation() -> None:
     torch.testing.assert_close(teacher([PIL.Image.new("RGB", (9, 5))]).flatten(1, 2), expected)
 
 
+@pytest.mark.parametrize("model", ["vit_large_patch16_dinov3", "vit_large_patch16_siglip_256"])
+def test_a_layer_is_what_that_block_hands_on_before_the_final_norm(model: str) -> None:
+    arguments = {"embed_dim": 16, "depth": 3, "num_heads": 2, "img_size": 64}
+    last, second, first = (untrained("dinov3", model=model, arguments=arguments, layer=at) for at in (-1, 1, 0))
+    normed = untrained("dinov3", model=model, arguments=arguments)([picture(64, 64)])
+    torch.testing.assert_close(last.model.norm(last([picture(64, 64)])), normed)  # type: ignore[operator]
+    block = last.model.blocks[2]  # type: ignore[index]
+    assert second.fingerprint != first.fingerprint
+    for parameter in block.parameters():  # type: ignore[union-attr]
+        parameter.data.zero_()
+    assert torch.equal(last([picture(64, 64)]), second([picture(64, 64)])), "a block of zeros adds nothing"
+
+
+@pytest.mark.parametrize(("layer", "side", "dim"), [(None, 4, 48), (3, 4, 48), (-1, 2, 64), (2, 8, 32)])
+def test_a_convolutional_network_gives_the_feature_map_of_a_stage(layer: int | None, side: int, dim: int) -> None:
+    teacher = untrained("dinov3", model="test_resnet", arguments={}, layer=layer)
+    assert teacher.grid == (side, side) and teacher.model.num_classes == 0
+    features = teacher([picture(64, 64), picture(20, 20)])
+    assert features.shape == (2, side, side, teacher.dim)
+    normalised = (torch.from_numpy(np.asarray(picture(64, 64)).copy()).permute(2, 0, 1) / 255).sub(0.5).div(0.5)
+    stages = teacher.model.forward_intermediates(normalised[None], intermediates_only=True)  # type: ignore[operator]
+    assert teacher.preprocessing["mean"] == [0.5, 0.5, 0.5]
+    torch.testing.assert_close(features[0].permute(2, 0, 1), stages[-2 if layer is None else layer][0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_rotary_table_is_timms_at_a_size_of_ones_own(dtype: torch.dtype) -> None:
+    wanted = recipe("dinov3", image_pixels=96, precision=str(dtype).removeprefix("torch."))
+    teacher = Teacher("dinov3", wanted, _build("dinov3", wanted, folder=None))
+    stock: Any = timm.create_model(wanted.model, num_classes=0, **wanted.arguments).to(dtype).eval()
+    stock.load_state_dict(teacher.model.state_dict())
+    pixels = torch.randn(2, 3, 96, 96).to(dtype)
+    with torch.no_grad():
+        expected = stock.forward_features(pixels)[:, stock.num_prefix_tokens :]
+        assert torch.equal(teacher.encoder(pixels).flatten(1, 2), expected)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_bfloat16_gives_nearly_the_same_features_and_another_fingerprint(name: str) -> None:
+    exact, rounded = untrained(name), untrained(name, precision="bfloat16")
+    images = [picture(64, 16), picture(30, 50)]
+    features = rounded(images)
+    assert features.dtype == torch.bfloat16 and not torch.equal(features.float(), exact(images))
+    assert torch.cosine_similarity(features.float(), exact(images), dim=-1).min() > 0.999
+    assert rounded.fingerprint != exact.fingerprint
+    weights = {tensor.dtype for tensor in rounded.model.state_dict().values()}
+    assert weights == ({torch.float32} if name == "pi3" else {torch.bfloat16}), "π³ keeps its residual stream"
+
+
+def test_many_images_are_computed_in_batches_and_stay_in_order() -> None:
+    teacher = untrained("dinov3")
+    squashed = teacher.squash([picture(16 * number, 32) for number in range(1, 8)])
+    whole, teacher.batch_images = teacher.features(squashed), 3
+    seen: list[int] = []
+    teacher.model.patch_embed.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))  # type: ignore[union-attr]
+    torch.testing.assert_close(teacher.features(squashed), whole)
+    assert seen == [3, 3, 1]
+    assert teacher.features(squashed[:0]).shape == (0, 4, 4, 16)
+
+
+def test_features_can_be_differentiated_in_the_weights() -> None:
+    teacher = untrained("dinov3")
+    teacher.model.requires_grad_(True)
+    teacher.features(teacher.squash([picture(20, 20)])).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in teacher.model.blocks.parameters())  # type: ignore[union-attr]
+
+
+def test_a_compiled_teacher_computes_one_shape_whatever_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes: list[int] = []
+
+    def compile(function: Callable[[Tensor], Tensor], dynamic: bool) -> Callable[[Tensor], Tensor]:
+        assert not dynamic
+
+        def run(images: Tensor) -> Tensor:
+            shapes.append(len(images))
+            return function(images)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compile)
+    teacher, plain = untrained("dinov3", compile=True), untrained("dinov3")
+    assert shapes == [], "nothing is compiled before the first use"
+    assert teacher.fingerprint == plain.fingerprint
+    teacher.batch_images = 4
+    squashed = teacher.squash([picture(16 * number, 32) for number in range(1, 7)])
+    torch.testing.assert_close(teacher.features(squashed), plain.features(squashed))
+    assert shapes == [4, 4]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
+def test_compiled_features_are_those_of_the_plain_encoder(name: str) -> None:
+    plain, compiled = untrained(name), untrained(name, compile=True)
+    compiled.batch_images = 4
+    squashed = plain.squash([picture(16 * number, 32) for number in range(1, 7)])
+    torch.testing.assert_close(compiled.features(squashed), plain.features(squashed), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_where_there_is_no_compiler_the_field_is_named(tmp_path: Path) -> None:
+    """In a process of its own: torch looks for compilers once."""
+    program = """
+import torch
+from tests.teachers.test_encoders import untrained
+teacher = untrained("dinov3", compile=True)
+teacher.features(torch.zeros(1, 64, 64, 3, dtype=torch.uint8))
+"""
+    environment = os.environ | {"CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert "TeacherError: teachers.dinov3.compile=true, but torch.compile failed" in run.stderr
+    assert "needs a C++ compiler" in run.stderr
+
+
+def test_views_are_seen_together_only_if_asked() -> None:
+    teacher = untrained("pi3")
+    squashed = teacher.squash([picture(16 * number, 32) for number in range(1, 5)]).unflatten(0, (2, 2))
+    together = teacher.joint(squashed)
+    alone = teacher.features(squashed.flatten(0, 1)).unflatten(0, (2, 2))
+    assert together.shape == alone.shape == (2, 2, *teacher.grid, teacher.dim)
+    assert not torch.allclose(together, alone)
+    one_each = teacher.joint(squashed.reshape(4, 1, 56, 56, 3))
+    torch.testing.assert_close(one_each, alone.reshape(one_each.shape), rtol=1e-4, atol=1e-5)
+
+
+def test_images_of_another_size_or_type_than_squash_makes_are_refused() -> None:
+    teacher = untrained("pi3")
+    for wrong in (torch.zeros(1, 28, 56, 3, dtype=torch.uint8), torch.zeros(1, 56, 56, 3)):
+        with pytest.raises(TeacherError, match=r"teacher pi3 got a .*; give uint8 \[N, 56, 56, 3\], which squash"):
+            teacher.features(wrong)
+    with pytest.raises(TeacherError, match=r"give uint8 \[N, views, 56, 56, 3\]"):
+        teacher.joint(torch.zeros(2, 56, 56, 3, dtype=torch.uint8))
+    with pytest.raises(TeacherError, match=r"teachers.dinov3 .*sees one image at a time; only pi3 sees"):
+        untrained("dinov3").joint(torch.zeros(1, 2, 64, 64, 3, dtype=torch.uint8))
+
+
 def test_an_image_that_is_not_rgb_is_refused() -> None:
     with pytest.raises(TeacherError, match="image 1 in mode L"):
         untrained("dinov3")([picture(8, 8), PIL.Image.new("L", (8, 8))])
@@ -121,9 +274,15 @@ def test_an_image_that_is_not_rgb_is_refused() -> None:
     ("changes", "message"),
     [
         ({"image_pixels": 40}, r"teachers.dinov3.image_pixels=40 is no multiple .* 16 px; set it to 32"),
+        ({"image_pixels": 8}, r"teachers.dinov3.image_pixels=8 is no multiple .* 16 px; set it to 16"),
         ({"model": "vit_large_patch16_dinov4"}, r"did you mean 'vit_large_patch16_dinov3'"),
         ({"model": "hf-hub:somebody/something"}, r"is no model of timm"),
-        ({"model": "resnet18", "arguments": {}}, r"'resnet18' has no patch tokens"),
+        ({"layer": 1}, r"teachers.dinov3.layer=1 of vit_large_patch16_dinov3: it has 1 blocks, so .* -1 and 0"),
+        ({"model": "test_resnet", "arguments": {}, "layer": -6}, r"it has 5 stages, so a layer between -5 and 4"),
+        (
+            {"model": "crossvit_tiny_240", "arguments": {}},
+            r"no stage has stride 16; choose one by layer, they have strides \[12, 12, 12, 17",
+        ),
         ({"arguments": {"embed_dims": 16}}, r"teachers.dinov3.arguments.*embed_dims.*did you mean embed_dim\?"),
         ({"model": "vit_large_patch16_siglip_256", "image_pixels": 128}, r"takes 64 px only"),
         ({"pretraining_steps": 0}, r"has no weights; set exactly one of weights"),
@@ -211,12 +370,15 @@ def test_a_hub_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch) 
 def test_the_fingerprint_follows_weights_and_preprocessing() -> None:
     teacher, same = untrained("dinov3"), untrained("dinov3")
     assert teacher.fingerprint == same.fingerprint
-    same.model.cls_token.data[0, 0, 0] += 1e-3  # type: ignore[index,operator]
-    assert teacher.fingerprint != same.fingerprint
+    changed = untrained("dinov3")
+    changed.model.cls_token.data[0, 0, 0] += 1e-3  # type: ignore[index,operator]
+    assert teacher.fingerprint != changed.fingerprint
+    assert teacher.fingerprint != untrained("dinov3", layer=0).fingerprint
     assert teacher.fingerprint != untrained("dinov3", image_pixels=32).fingerprint
     assert teacher.fingerprint != untrained("dinov3", model="vit_large_patch16_dinov3.sat493m").fingerprint
 
 
+@pytest.mark.usefixtures("few_scenes")
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_same_seed_trains_the_same_teacher_and_another_seed_another(name: str) -> None:
     wanted = recipe(name, pretraining_steps=3)
@@ -237,6 +399,7 @@ def test_a_short_training_teaches_what_lies_under_a_patch() -> None:
     assert longer > 0.6 > short + 0.1
 
 
+@pytest.mark.usefixtures("few_scenes")
 def test_a_saved_teacher_reads_back_and_a_changed_one_is_refused(tmp_path: Path) -> None:
     teacher = load_teacher("pi3", recipe("pi3"), seed=0)
     teacher.save(tmp_path)
@@ -248,6 +411,19 @@ def test_a_saved_teacher_reads_back_and_a_changed_one_is_refused(tmp_path: Path)
         read_teacher(tmp_path)
     with pytest.raises(TeacherError, match="does not exist"):
         read_teacher(tmp_path / "elsewhere")
+
+
+@pytest.mark.usefixtures("few_scenes")
+def test_a_saved_teacher_reads_back_as_a_recipe_wants_it_if_its_features_stay_the_same(tmp_path: Path) -> None:
+    wanted = recipe("dinov3", precision="bfloat16")
+    teacher = load_teacher("dinov3", wanted, seed=0)
+    assert teacher.dtype == torch.bfloat16 and teacher.held_out_accuracy is not None
+    teacher.save(tmp_path)
+    changed = wanted.model_copy(update={"compile": True, "license": "MIT"})
+    again = read_teacher(tmp_path, recipe=changed)
+    assert again.recipe.compile and again.license == "MIT" and again.fingerprint == teacher.fingerprint
+    with pytest.raises(TeacherError, match=r"or teachers.dinov3 is another one now"):
+        read_teacher(tmp_path, recipe=wanted.model_copy(update={"precision": "float32"}))
 
 
 # ------------------------------------------------------------------------- the vision tower of Qwen2.5-VL itself
@@ -362,3 +538,12 @@ def test_a_tower_without_its_weights_a_folder_or_a_fitting_size_says_what_to_cha
         tower(None)
     with pytest.raises(TeacherError, match=r"teachers.qwen.image_pixels=72 is no multiple .* 16 px; set it to 64"):
         tower(base_model, image_pixels=72)
+
+
+def test_qwens_tower_runs_in_bfloat16_and_is_not_saved_without_its_checkpoint(base_model: Path, tmp_path: Path) -> None:
+    exact, rounded = tower(base_model), tower(base_model, precision="bfloat16")
+    images = [picture(64, 64)]
+    assert rounded(images).dtype == torch.bfloat16
+    assert torch.cosine_similarity(rounded(images).float(), exact(images), dim=-1).min() > 0.99
+    with pytest.raises(TeacherError, match=r"teachers.qwen came with its weights; keep these instead"):
+        exact.save(tmp_path)

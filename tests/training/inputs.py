@@ -75,7 +75,7 @@ def store_features(folder: Path, teacher: str, features: dict[Target, torch.Tens
     shard = Shard(folder / shard_name(0), "")
     write_targets(folder, [(list(features), shard.states)])
     head = {"teacher": teacher, "mode": "stored", "dim": dim, "grid": [rows, columns], "fingerprint": "0"}
-    about = {"license": "none", "views": "single", "weights_sample": None, "storage": "bfloat16"}
+    about = {"model": "made up", "license": "none", "views": "single", "weights_sample": None, "storage": "bfloat16"}
     write_index(folder, {**head, **about, "shards": [{"file": shard_name(0)}]})
 
 

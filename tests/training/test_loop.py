@@ -36,7 +36,7 @@ from valr_ops.model.alignment import Projectors
 from valr_ops.model.checkpoint import CheckpointError
 from valr_ops.recipe.recipe import Recipe, RecipeError
 from valr_ops.store.artifacts import StageReport
-from valr_ops.teachers.stored import FeatureStore
+from valr_ops.teachers.stored import FeatureError, FeatureStore
 from valr_ops.training import loop
 from valr_ops.training.engine import Ranks
 from valr_ops.training.loop import build_stage1, build_stage2
@@ -117,6 +117,7 @@ def test_stage_2_aligns_latents_to_their_own_image_more_than_to_another(
     assert report.checks[0].name == "losses_are_finite" and report.checks[0].passed
     settings = json.loads((tmp_path / "out" / "config.json").read_text())["valr"]
     assert {"stage": 2, "slots": 4, "block": 1, "control_tokens": "outside"}.items() <= settings.items()
+    assert settings["teachers"] == {"dinov3": {"model": "made up", "license": "none", "fingerprint": "0"}}
     projectors = load_file(tmp_path / "out" / "projectors.safetensors")
     assert all(name.startswith("dinov3.") for name in projectors)
     assert not any("projector" in name for name in load_file(tmp_path / "out" / "model.safetensors"))
@@ -275,6 +276,21 @@ def test_a_run_with_one_batch_of_eight_has_the_losses_of_four_of_two(
 
 
 # ------------------------------------------------------------------------------------------------------- bad numbers
+
+
+def test_records_with_an_image_that_a_teacher_could_not_see_are_left_out(tmp_path: Path) -> None:
+    inputs = write_inputs(tmp_path / "inputs")
+    folder = inputs["teacher_features_dinov3"]
+    store = FeatureStore(folder)
+    seen = {target: store.get(target).clone() for target in store if target.digest != tiny.digest("wide")}
+    store_features(folder, "dinov3", seen)
+    with pytest.raises(FeatureError, match=f"has no features of {tiny.digest('wide')[:12]}"):
+        stage2(inputs, tmp_path / "unnamed", **{"stage2.max_updates": 2})
+    about_wide = [one.id for one in sequences() if "wide" in one.image_digests]
+    (folder / "rejects.jsonl").write_text("".join(json.dumps({"id": name}) + "\n" for name in about_wide * 2))
+    report, progress = stage2(inputs, tmp_path / "named", **{"stage2.max_updates": 2})
+    assert len(about_wide) == 3 and any("3 records are left out" in said for said in progress.said)
+    assert report.summary["updates"] == 2 and report.checks[0].passed
 
 
 def test_a_step_that_is_not_finite_names_its_records_and_publishes_nothing(tmp_path: Path) -> None:

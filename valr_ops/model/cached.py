@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from valr_ops.model.blocks import Turn, attend, attend_one, causal_mask, finish, key_value, query
+from valr_ops.model.blocks import Turn, attend, attend_one, causal_mask, finish, key_value, normed, query
 from valr_ops.torchvision_guard import ensure_torchvision
 
 ensure_torchvision()
@@ -82,15 +82,15 @@ class CachedDecoder:
         self.length += width
         hidden = inputs
         for index, layer in enumerate(self.layers):
-            normed = layer.input_layernorm(hidden)
-            key, value = key_value(layer, normed, turn)
+            entering = normed(layer.input_layernorm, hidden)
+            key, value = key_value(layer, entering, turn)
             keys, values = self._store(index, key, value)
             keys[:, :, columns], values[:, :, columns] = key, value
             keys, values = keys[:, :, : self.length], values[:, :, : self.length]
             if at is not None and index == len(self.layers) - 1:
-                return self._last_block(layer, hidden, normed, turn, at, keys, values)
-            hidden = finish(layer, hidden, attend(layer, query(layer, normed, turn), keys, values, mask))
-        return self.decoder.norm(hidden)
+                return self._last_block(layer, hidden, entering, turn, at, keys, values)
+            hidden = finish(layer, hidden, attend(layer, query(layer, entering, turn), keys, values, mask))
+        return normed(self.decoder.norm, hidden)
 
     @torch.no_grad()
     def step(self, inputs: Tensor, positions: Tensor, visible: Tensor | None = None) -> Tensor:
@@ -106,7 +106,8 @@ class CachedDecoder:
         """
         self._reserve(1)
         cosine, sine = self.decoder.rotary_emb(inputs[:, None], positions[:, :, None])
-        column = torch.tensor([self.length], device=inputs.device)
+        # Filled there: a tensor copied from the CPU would wait until the GPU has done all steps so far.
+        column = torch.full((1,), self.length, device=inputs.device)
         self._show(slice(self.length, self.length + 1), True if visible is None else visible[:, None])
         self.length += 1
         if inputs.device.type == "cuda":
@@ -131,13 +132,13 @@ class CachedDecoder:
         bias = self._bias[:, None, None, :width]
         hidden = inputs[:, None]
         for layer, keys, values in zip(self.layers, self._keys, self._values, strict=True):
-            normed = layer.input_layernorm(hidden)
-            key, value = key_value(layer, normed, (cosine, sine))
+            entering = normed(layer.input_layernorm, hidden)
+            key, value = key_value(layer, entering, (cosine, sine))
             keys.index_copy_(2, column, key)
             values.index_copy_(2, column, value)
-            asked = query(layer, normed, (cosine, sine))
+            asked = query(layer, entering, (cosine, sine))
             hidden = finish(layer, hidden, attend_one(layer, asked, keys[:, :, :width], values[:, :, :width], bias))
-        state: Tensor = self.decoder.norm(hidden)[:, 0]
+        state: Tensor = normed(self.decoder.norm, hidden)[:, 0]
         return state
 
     def _replayed(self, *inputs: Tensor) -> Tensor:
@@ -153,7 +154,7 @@ class CachedDecoder:
         self,
         layer: Qwen2_5_VLDecoderLayer,
         hidden: Tensor,
-        normed: Tensor,
+        entering: Tensor,
         turn: Turn,
         at: Tensor,
         keys: Tensor,
@@ -165,9 +166,9 @@ class CachedDecoder:
         wanted = self.length - hidden.shape[1] + at
         seen = self._visible[:, : self.length] & (torch.arange(self.length, device=at.device) <= wanted[:, None])
         bias = torch.zeros_like(seen, dtype=hidden.dtype).masked_fill(~seen, float("-inf"))[:, None, None]
-        asked = query(layer, normed[rows, at][:, None], (cosine, sine))
+        asked = query(layer, entering[rows, at][:, None], (cosine, sine))
         done = finish(layer, hidden[rows, at][:, None], attend_one(layer, asked, keys, values, bias))
-        state: Tensor = self.decoder.norm(done)[:, 0]
+        state: Tensor = normed(self.decoder.norm, done)[:, 0]
         return state
 
     def _store(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

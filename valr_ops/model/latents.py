@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from valr_ops.data.batching import IGNORED, Batch
-from valr_ops.model.blocks import Turn, attend, causal_mask, finish, heads, key_value, query, turned
+from valr_ops.model.blocks import Turn, attend, causal_mask, finish, heads, key_value, normed, query, turned
 from valr_ops.model.cached import CachedDecoder
 from valr_ops.model.deferred import DeferredLinears
 from valr_ops.model.layout import Aligned, SlotLayoutError, align, slot_columns
@@ -339,7 +339,7 @@ class _Seen:
 
     def states(self, places: Tensor) -> Tensor:
         """Post-norm hidden states at `places`, [..., hidden]."""
-        wanted: Tensor = self.norm(self.last[places])
+        wanted: Tensor = normed(self.norm, self.last[places])
         return wanted
 
 
@@ -403,8 +403,8 @@ def _head_block(
     layer: Qwen2_5_VLDecoderLayer, hidden: Tensor, turn: Turn, packed: Pack
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One block on the heads: its output, and the heads' keys and values."""
-    normed = layer.input_layernorm(hidden)
-    asked, (key, value) = query(layer, normed, turn), key_value(layer, normed, turn)
+    entering = normed(layer.input_layernorm, hidden)
+    asked, (key, value) = query(layer, entering, turn), key_value(layer, entering, turn)
     return finish(layer, hidden, packed.attend_heads(layer, asked, key, value)), key, value
 
 
@@ -412,8 +412,8 @@ def _tail_block(
     layer: Qwen2_5_VLDecoderLayer, hidden: Tensor, turn: Turn, key: Tensor, value: Tensor, packed: Pack
 ) -> Tensor:
     """One block on the tails, with the keys and values of the heads."""
-    normed = layer.input_layernorm(hidden)
-    asked, own = query(layer, normed, turn), key_value(layer, normed, turn)
+    entering = normed(layer.input_layernorm, hidden)
+    asked, own = query(layer, entering, turn), key_value(layer, entering, turn)
     keys, values = (torch.cat(both, dim=2) for both in zip((key, value), own, strict=True))
     return finish(layer, hidden, packed.attend_tails(layer, asked, keys, values))
 
@@ -459,7 +459,7 @@ def _sequential(
         last = walk.run(given)
         if run.source is None:
             break
-        fed = decoder.norm(last[rows, run.source])
+        fed = normed(decoder.norm, last[rows, run.source])
         for _ in range(slots.shape[1] - 1):
             fed = walk.slot(fed.detach() if cut else fed)
         fed = fed.detach() if cut else fed
@@ -504,7 +504,7 @@ class _Walk:
         for index, block in enumerate(self.blocks):
             hidden = block.slot(hidden, turn, bias)
             self._keep_output(index, hidden)
-        return self.decoder.norm(self._advance(hidden)[:, 0])
+        return normed(self.decoder.norm, self._advance(hidden)[:, 0])
 
     def _turn(self, width: int) -> Turn:
         now = slice(self.length, self.length + width)
@@ -537,7 +537,7 @@ class _WalkedBlock:
         """The block's output at one column, [rows, 1, hidden]."""
         layer = self.layer
         assert self.tape is not None
-        projected = self._projections(layer.input_layernorm(hidden))
+        projected = self._projections(normed(layer.input_layernorm, hidden))
         query, key, value = (heads(layer, one) for one in projected)
         query, key = turned(torch.cat([query, key], dim=1), turn).split([query.shape[1], key.shape[1]], dim=1)
         attended = self.tape.attend(query, key, value, bias, layer.self_attn.scaling)
@@ -546,7 +546,7 @@ class _WalkedBlock:
 
 
 def _slot_mlp(layer: Qwen2_5_VLDecoderLayer, gate_up: DeferredLinears, down: DeferredLinears, hidden: Tensor) -> Tensor:
-    gate, up = gate_up(layer.post_attention_layernorm(hidden))
+    gate, up = gate_up(normed(layer.post_attention_layernorm, hidden))
     return hidden + down(layer.mlp.act_fn(gate) * up)[0]
 
 
@@ -558,10 +558,10 @@ def _run_block(
     past: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One block on a run: its output and the run's keys and values."""
-    normed = layer.input_layernorm(hidden)
-    key, value = key_value(layer, normed, turn)
+    entering = normed(layer.input_layernorm, hidden)
+    key, value = key_value(layer, entering, turn)
     keys, values = (key, value) if past is None else (torch.cat(both, dim=2) for both in zip(past, (key, value)))
-    return finish(layer, hidden, attend(layer, query(layer, normed, turn), keys, values, mask)), key, value
+    return finish(layer, hidden, attend(layer, query(layer, entering, turn), keys, values, mask)), key, value
 
 
 def _layers(decoder: Qwen2_5_VLTextModel) -> list[Qwen2_5_VLDecoderLayer]:

@@ -9,9 +9,11 @@ Always: a record's states and gradients don't depend on its neighbours; `leak` m
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,7 +54,7 @@ class Pack:
         """Causal attention inside each head, [1, H, heads * head width], of [1, heads, H, head width] each."""
         scale = layer.self_attn.scaling
         if (precision := _fused_precision(query)) is not None:
-            return _attend_fused(query, key, value, self.heads, self.heads, precision, scale)
+            return _attend_fused(query, key, value, self._runs_of_heads, self._runs_of_heads, precision, scale)
         query, key, value = _equal_heads(layer, query, key, value)
         parts = zip(query.split(self.heads, 2), key.split(self.heads, 2), value.split(self.heads, 2), strict=True)
         attended = [F.scaled_dot_product_attention(*part, is_causal=True, scale=scale) for part in parts]
@@ -65,11 +67,12 @@ class Pack:
             query: [1, heads, T - H, head width].
             key, value: [1, key/value heads, T, head width].
         """
-        scale, tails = layer.self_attn.scaling, [tail for tail in self.tails if tail]
+        scale = layer.self_attn.scaling
         key, value = key[:, :, self._by_record], value[:, :, self._by_record]
-        lengths = [head + tail for head, tail in zip(self.heads, self.tails, strict=True) if tail]
         if (precision := _fused_precision(query)) is not None:
-            return _attend_fused(query, key, value, tails, lengths, precision, scale)
+            return _attend_fused(query, key, value, *self._runs_of_tails, precision, scale)
+        tails = [tail for tail in self.tails if tail]
+        lengths = [head + tail for head, tail in zip(self.heads, self.tails, strict=True) if tail]
         query, key, value = _equal_heads(layer, query, key, value)
         parts = zip(query.split(tails, 2), key.split(lengths, 2), value.split(lengths, 2), self._masks, strict=True)
         attended = [F.scaled_dot_product_attention(*part, scale=scale) for part in parts]
@@ -84,6 +87,17 @@ class Pack:
         return torch.cat(whole).to(self.rows.device)
 
     @cached_property
+    def _runs_of_heads(self) -> _Runs:
+        return _Runs.of(self.heads, self.rows.device)
+
+    @cached_property
+    def _runs_of_tails(self) -> tuple[_Runs, _Runs]:
+        """The tails, and the whole records that they are the ends of."""
+        pairs = [(tail, head + tail) for head, tail in zip(self.heads, self.tails, strict=True) if tail]
+        tails, lengths = ([pair[part] for pair in pairs] for part in (0, 1))
+        return _Runs.of(tails, self.rows.device), _Runs.of(lengths, self.rows.device)
+
+    @cached_property
     def _masks(self) -> list[Tensor]:
         """[tail, head + tail] bool a record with a tail: what its positions see."""
         return [
@@ -91,6 +105,19 @@ class Pack:
             for head, tail in zip(self.heads, self.tails, strict=True)
             if tail
         ]
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """Lengths of runs that stand one behind the other, as FlashAttention takes them."""
+
+    ends: Tensor
+    """[runs + 1] int32, the first of them 0; made once, because a copy to the GPU waits for all that runs there."""
+    longest: int
+
+    @classmethod
+    def of(cls, lengths: list[int], device: torch.device) -> _Runs:
+        return cls(torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32), max(lengths))
 
 
 def pack(attention_mask: Tensor, slot_mask: Tensor) -> Pack:
@@ -123,22 +150,29 @@ def _attend_fused(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    asking: list[int],
-    seen: list[int],
+    asking: _Runs,
+    seen: _Runs,
     precision: torch.dtype,
     scale: float,
 ) -> Tensor:
     """Attention of the last `asking` positions of each record to its `seen` ones, [1, sum of asking, width]."""
     from torch.nn.attention.varlen import varlen_attn
 
-    ends, all_ends = (
-        torch.tensor([0, *lengths], device=query.device).cumsum(0).to(torch.int32) for lengths in (asking, seen)
-    )
     query, key, value = (one[0].transpose(0, 1).to(precision).contiguous() for one in (query, key, value))
+    # Where it has no such flag (torch 2.11), it takes fewer key/value heads without being told.
+    grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     # With a window of nothing to the right, the last query sees the last key: causal from the end.
-    window, longest = (-1, 0), (max(asking), max(seen))
     attended = varlen_attn(
-        query, key, value, ends, all_ends, *longest, window_size=window, scale=scale, enable_gqa=True
+        query,
+        key,
+        value,
+        asking.ends,
+        seen.ends,
+        asking.longest,
+        seen.longest,
+        window_size=(-1, 0),
+        scale=scale,
+        **grouped,
     )
     assert isinstance(attended, Tensor)
     return attended.flatten(1)[None]

@@ -380,6 +380,12 @@ class TeacherRecipe(_Values):
             raise ValueError(
                 f"layer={self.layer} can't be chosen with architecture {self.architecture}, only with timm"
             )
+        foreign = [name for name in ("arguments", "package", "pretraining_steps") if getattr(self, name)]
+        if self.architecture == "transformers" and foreign:
+            raise ValueError(
+                f"{' and '.join(foreign)} can't be set with architecture transformers, whose widths and weights are "
+                "those of a checkpoint; leave it out, and set weights to a folder, or hub_id and revision"
+            )
         return self
 
     @model_validator(mode="after")

@@ -15,7 +15,6 @@ import functools
 import hashlib
 import json
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,6 +33,8 @@ from valr_ops.teachers.pi3 import HEAD_PREFIXES, Pi3
 from valr_ops.teachers.qwen import read_tower
 from valr_ops.teachers.timm_encoders import build_timm, classifier_prefixes, known_model, unbuildable
 from valr_ops.teachers.weights import TeacherError, load_strictly, locate_weights, read_package, read_weights
+
+_COMPILED_REST = 32
 
 Images = Sequence[PIL.Image.Image] | Tensor
 """RGB images of any sizes, or one uint8 tensor ``[N, height, width, 3]``."""
@@ -63,7 +64,7 @@ class Encoder(Protocol):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What changes the features beside weights, recipe and preprocessing, JSON values."""
+        """What changes the features beside weights and preprocessing, JSON values."""
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Features ``[N, rows, columns, dim]`` of normalised `pixels` ``[N, 3, height, width]``."""
@@ -104,9 +105,11 @@ class Teacher:
         self.device = next(self.model.parameters()).device
         """Where the weights are."""
         self.batch_images = 64 if self.device.type == "cpu" else 256
-        """Images that are computed at once; with `compile`, always exactly as many."""
+        """Images that are computed at once; with `compile`, as many or `_COMPILED_REST`, which are padded to that."""
+        # One value a pixel, not a channel: next to channels that lie innermost, three values would not be vectorised.
         self._mean, self._std = (
-            torch.tensor(values, device=self.device).view(3, 1, 1) for values in (encoder.mean, encoder.std)
+            torch.tensor(values, device=self.device).expand(self._image_shape).contiguous()
+            for values in (encoder.mean, encoder.std)
         )
         # The output is measured, not looked up: a wrong shape must show here and not in the loss.
         with torch.no_grad():
@@ -159,7 +162,10 @@ class Teacher:
         if not len(squashed):
             return torch.zeros(0, *self.grid, self.dim, dtype=self.dtype, device=self.device)
         encode = self._compiled if self.recipe.compile else self._encode
-        parts = [encode(part.to(self.device, non_blocking=True)) for part in squashed.split(self.batch_images)]
+        whole = len(squashed) // self.batch_images * self.batch_images
+        step = self._rest if self.recipe.compile else self.batch_images
+        batches = [*squashed[:whole].split(self.batch_images), *squashed[whole:].split(step)]
+        parts = [encode(batch.to(self.device, non_blocking=True)) for batch in batches if len(batch)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def joint(self, squashed: Tensor) -> Tensor:
@@ -203,29 +209,25 @@ class Teacher:
         settings = {
             "architecture": self.recipe.architecture,
             "model": self.recipe.model,
-            "arguments": self.recipe.arguments,
             "precision": self.recipe.precision,
             "preprocessing": self.preprocessing,
             "encoder": self.encoder.settings,
         }
-        weights = sorted(self.model.state_dict().items())
-        # The digests of tensors are computed without Python's lock.
-        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-            digests = list(threads.map(_digest, (tensor for _, tensor in weights)))
-        named = [[key, digest] for (key, _), digest in zip(weights, digests, strict=True)]
-        return hashlib.sha256(json.dumps([settings, named], sort_keys=True).encode()).hexdigest()
+        digests = {key: _digest(tensor) for key, tensor in self.model.state_dict().items()}
+        return hashlib.sha256(json.dumps([settings, digests], sort_keys=True).encode()).hexdigest()
 
     def save(self, folder: Path) -> None:
         """Write ``teacher.safetensors`` and ``teacher.json``, from which `read_teacher` makes the same teacher.
 
         Raises:
-            TeacherError: its class is described by a checkpoint (transformers, Qwen2.5-VL) and not by the recipe.
+            TeacherError: it came with weights, beside which lies what describes it.
         """
-        if self.recipe.architecture not in ("timm", "pi3"):
-            raise TeacherError(f"teachers.{self.name} ({self.recipe.architecture}) has a checkpoint; copy that instead")
+        origins = (self.recipe.weights, self.recipe.hub_id, self.recipe.package)
+        if self.recipe.architecture == "qwen2_5_vl" or any(origins):
+            raise TeacherError(f"teachers.{self.name} came with its weights; keep these instead of saving it")
         weights = {key: tensor.contiguous().cpu() for key, tensor in sorted(self.model.state_dict().items())}
         save_file(weights, folder / "teacher.safetensors")
-        recipe = self.recipe.model_copy(update=_KEPT)
+        recipe = self.recipe.model_copy(update={"weights": "teacher.safetensors", "pretraining_steps": 0})
         description = {"name": self.name, "recipe": recipe.model_dump(mode="json"), "fingerprint": self.fingerprint}
         (folder / "teacher.json").write_text(json.dumps(description, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -243,7 +245,7 @@ class Teacher:
 
     def _normalised(self, squashed: Tensor) -> Tensor:
         """Float pixels ``[N, 3, height, width]``, in the type of the first layer's weights."""
-        pixels = squashed.permute(0, 3, 1, 2).float().div_(255).sub_(self._mean).div_(self._std)
+        pixels = squashed.float().div_(255).sub_(self._mean).div_(self._std).permute(0, 3, 1, 2)
         return pixels if self.encoder.autocast else pixels.to(self.dtype)
 
     def _autocast(self) -> torch.autocast:
@@ -257,16 +259,24 @@ class Teacher:
             return self.encoder(pixels).to(self.dtype)
 
     def _compiled(self, squashed: Tensor) -> Tensor:
-        """`_encode`, compiled at the first use for exactly `batch_images` images: fewer are padded with black ones."""
+        """`_encode`, compiled at the first use for `batch_images` and for `_COMPILED_REST`; fewer are padded with black.
+
+        Two shapes, because each is compiled for itself, and a window of training has far fewer images than a batch.
+        """
         count = len(squashed)
         try:
-            features = self._compiled_encode(F.pad(squashed, (0, 0, 0, 0, 0, 0, 0, self.batch_images - count)))
+            features = self._compiled_encode(F.pad(squashed, (0, 0, 0, 0, 0, 0, 0, -count % self._rest)))
         except torch._dynamo.exc.BackendCompilerFailed as error:
+            reason = str(error).splitlines()[0]
             raise TeacherError(
-                f"teachers.{self.name}.compile=true, but torch.compile failed: {error}; it needs a C++ compiler "
+                f"teachers.{self.name}.compile=true, but torch.compile failed: {reason}; it needs a C++ compiler "
                 "(e.g. apt-get install g++, or set CXX), or set compile to false"
             ) from error
         return features[:count]
+
+    @property
+    def _rest(self) -> int:
+        return min(_COMPILED_REST, self.batch_images)
 
     @functools.cached_property
     def _compiled_encode(self) -> Any:
@@ -336,8 +346,12 @@ def load_teacher(
 
             encoder = _build(name, recipe, folder=None)
             encoder.model.to(device)
-            teacher = Teacher(name, recipe, encoder)
-            teacher.held_out_accuracy = pretrain(teacher, recipe.pretraining_steps, own_seed, progress or Progress())
+            # Rounded weights can't be trained by small steps.
+            exact = recipe.model_copy(update={"precision": "float32", "compile": False})
+            trained = Teacher(name, exact, encoder)
+            accuracy = pretrain(trained, recipe.pretraining_steps, own_seed, progress or Progress())
+            teacher = Teacher(name, recipe, trained.encoder)
+            teacher.held_out_accuracy = accuracy
             return teacher
         encoder = _with_weights(name, recipe)
     encoder.model.to(device)
@@ -358,8 +372,8 @@ def read_teacher(folder: Path, *, device: str = "cpu", recipe: TeacherRecipe | N
     if not path.is_file():
         raise TeacherError(f"{path} does not exist; only teachers trained on drawn scenes are kept with their features")
     description = json.loads(path.read_text(encoding="utf-8"))
-    saved = TeacherRecipe.model_validate(description["recipe"])
-    wanted = (recipe or saved).model_copy(update=_KEPT | {"weights": str(folder / "teacher.safetensors")})
+    kept = {"weights": str(folder / "teacher.safetensors"), "pretraining_steps": 0}
+    wanted = (recipe or TeacherRecipe.model_validate(description["recipe"])).model_copy(update=kept)
     teacher = load_teacher(description["name"], wanted, seed=0, device=device)
     if teacher.fingerprint != description["fingerprint"]:
         raise TeacherError(
@@ -367,10 +381,6 @@ def read_teacher(folder: Path, *, device: str = "cpu", recipe: TeacherRecipe | N
             "one now; make the artifact again"
         )
     return teacher
-
-
-_KEPT = {"weights": "teacher.safetensors", "hub_id": None, "revision": None, "package": None, "pretraining_steps": 0}
-"""How a recipe changes when its weights are kept in a file."""
 
 
 def _with_weights(name: str, recipe: TeacherRecipe) -> Encoder:
@@ -392,11 +402,6 @@ def _with_weights(name: str, recipe: TeacherRecipe) -> Encoder:
 
 def _build(name: str, recipe: TeacherRecipe, folder: Path | None) -> Encoder:
     """The encoder with random weights. Raises `TeacherError`."""
-    if recipe.architecture == "transformers":
-        raise TeacherError(
-            f"teachers.{name}.pretraining_steps: a class of transformers is described by its checkpoint; set weights, "
-            "or take the class of timm with architecture=timm"
-        )
     if recipe.architecture == "timm":
         return build_timm(name, recipe, folder)
     known_model(name, recipe)

@@ -10,13 +10,14 @@ targets and no other.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import os
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,6 +38,11 @@ from valr_ops.teachers.stored import SHARD_BYTES, FeatureError, ShardWriter, byt
 _BATCHES_AHEAD = 3
 """Batches whose images are decoded, or being decoded, while the encoder works."""
 _BATCHES_TO_WRITE = 2
+
+_Regions = list[Tensor | str]
+"""Pixels ``[1, side, side, 3]`` of the regions of an image, or why there are none."""
+_Decoding = tuple[Future[_Regions], str, Sequence[Box | None]]
+"""Of an image, its digest and the regions to cut out."""
 
 
 def arranged(targets: Iterable[Target]) -> list[Target]:
@@ -61,26 +67,29 @@ class Extractor:
     Args:
         teacher: the encoder.
         images: where digests are looked up.
-        threads: that decode; as many as this process may use cores where none is given.
+        threads: cores that it may use, those of this process where none is given; an encoder on the CPU takes as many
+            of them as torch has threads, the others decode.
     """
 
     def __init__(self, teacher: Teacher, images: ImageStore, threads: int | None = None) -> None:
         self.teacher, self.joint = teacher, teacher.recipe.views == "joint"
         self._images, self._lock = images, threading.Lock()
-        self._threads = threads or len(os.sched_getaffinity(0))
+        encoding = torch.get_num_threads() if teacher.device.type == "cpu" else 0
+        self._decoders = max(1, (threads or len(os.sched_getaffinity(0))) - encoding)
 
-    def batches(self, groups: Iterable[Sequence[Target]]) -> Iterator[Features]:
+    def batches(self, groups: Iterable[Sequence[Target]]) -> Generator[Features]:
         """The features of the targets of each group, in order; a batch is of one group.
 
         Raises:
             FeatureError: a box lies outside of its image. CorpusError, ShardError: an image is missing or damaged.
         """
-        coming: deque[tuple[tuple[Target, ...], list[Future[list[Tensor | str]]]]] = deque()
-        with ThreadPoolExecutor(self._threads, thread_name_prefix="decoding") as pool:
+        coming: deque[tuple[tuple[Target, ...], list[_Decoding]]] = deque()
+        with ThreadPoolExecutor(self._decoders, thread_name_prefix="decoding") as pool:
             try:
                 for group in groups:
                     for batch in self._divided(group):
-                        coming.append((batch, [pool.submit(self._decode, *part) for part in _looked_at(batch)]))
+                        decoding = [(pool.submit(self._decode, *part), *part) for part in _looked_at(batch)]
+                        coming.append((batch, decoding))
                         if len(coming) > _BATCHES_AHEAD:
                             yield self._features(*coming.popleft())
                 while coming:
@@ -97,23 +106,25 @@ class Extractor:
         """Batches of at most as many images as the teacher takes at once; scenes stay whole and are of one size."""
         for views, group in groupby(targets, key=lambda one: len(one.views)):
             batch: list[Target] = []
-            scenes: set[tuple[str, ...]] = set()
+            images = 0
             for target in group:
-                whole = len(batch) if not views else len(scenes | {target.views}) * views
-                if batch and whole > self.teacher.batch_images - (not views):
+                # Targets of one scene cost no more than one of them.
+                more = 0 if views and batch and target.views == batch[-1].views else max(1, views)
+                if batch and more and images + more > self.teacher.batch_images:
                     yield tuple(batch)
-                    batch, scenes = [], set()
+                    batch, images = [], 0
                 batch.append(target)
-                scenes.add(target.views)
+                images += more
             yield tuple(batch)
 
-    def _decode(self, digest: str, boxes: Sequence[Box | None]) -> list[Tensor | str]:
-        """The squashed pixels ``[1, side, side, 3]`` of the regions of an image, or why there are none."""
+    def _decode(self, digest: str, boxes: Sequence[Box | None]) -> _Regions:
         with self._lock:
             data = self._images.get(digest)
         try:
             picture = decode(data)
-            picture.load()
+        except MemoryError:
+            # That says nothing about the image.
+            raise
         except Exception as error:
             # Decoders raise whatever damaged bytes lead them to: OSError, SyntaxError, struct.error, ValueError ...
             return [f"{type(error).__name__}: {error}"] * len(boxes)
@@ -125,10 +136,18 @@ class Extractor:
                 )
         return [squash([picture.crop(box) if box else picture], self.teacher.image_pixels) for box in boxes]
 
-    def _features(self, targets: tuple[Target, ...], decoding: Sequence[Future[list[Tensor | str]]]) -> Features:
-        seen = [part for future in decoding for part in future.result()]
-        blank = torch.zeros(1, self.teacher.image_pixels, self.teacher.image_pixels, 3, dtype=torch.uint8)
-        pixels = torch.cat([blank if isinstance(part, str) else part for part in seen])
+    def _decoded(self, future: Future[_Regions], digest: str, boxes: Sequence[Box | None]) -> _Regions:
+        """What `future` gives; one that no thread has begun is decoded here, instead of waiting."""
+        return self._decode(digest, boxes) if future.cancel() else future.result()
+
+    def _features(self, targets: tuple[Target, ...], decoding: Sequence[_Decoding]) -> Features:
+        # The threads come from the other end.
+        regions = [self._decoded(*one) for one in reversed(decoding)]
+        seen = [part for of_image in reversed(regions) for part in of_image]
+        side, on_gpu = self.teacher.image_pixels, self.teacher.device.type == "cuda"
+        blank = torch.zeros(1, side, side, 3, dtype=torch.uint8)
+        pixels = torch.empty(len(seen), side, side, 3, dtype=torch.uint8, pin_memory=on_gpu)
+        torch.cat([blank if isinstance(part, str) else part for part in seen], out=pixels)
         reasons = [part if isinstance(part, str) else None for part in seen]
         with torch.no_grad():
             if not targets[0].views:
@@ -146,7 +165,7 @@ class Extractor:
         return Features(targets, values, tuple(reasons))
 
 
-def _looked_at(batch: Sequence[Target]) -> Iterator[tuple[str, list[Box | None]]]:
+def _looked_at(batch: Sequence[Target]) -> Iterator[tuple[str, Sequence[Box | None]]]:
     """Images that a batch needs with their regions, in the order in which the encoder is given them."""
     if batch[0].views:
         for scene in dict.fromkeys(one.views for one in batch):
@@ -177,11 +196,21 @@ class ShardPlan:
 
 
 def plan(targets: Sequence[Target], teacher: Teacher) -> list[ShardPlan]:
-    """Targets in order, as many in a shard as fit, the shards of nearly equal size."""
+    """Targets in order, as many in a shard as fit, the shards of nearly equal size and scenes whole."""
     size = bytes_per_target(teacher.grid, teacher.dim, teacher.recipe.storage)
-    count = math.ceil(len(targets) * size / SHARD_BYTES)
-    edges = [len(targets) * part // count for part in range(count + 1)]
-    return [ShardPlan(tuple(targets[start:end])) for start, end in pairwise(edges)]
+    each = math.ceil(len(targets) / math.ceil(len(targets) * size / SHARD_BYTES))
+    if teacher.recipe.compile:
+        # A compiled encoder computes whole batches, however many images it is given.
+        each = math.ceil(each / teacher.batch_images) * teacher.batch_images
+    edges = {scene_start(targets, place) for place in (*range(0, len(targets), each), len(targets))}
+    return [ShardPlan(tuple(targets[start:end])) for start, end in pairwise(sorted(edges))]
+
+
+def scene_start(targets: Sequence[Target], place: int) -> int:
+    """The first place of the scene that the target at `place` is of; `place` itself where it stands alone."""
+    while 0 < place < len(targets) and targets[place].views and targets[place].views == targets[place - 1].views:
+        place -= 1
+    return place
 
 
 def finished_path(finished: Path, shard: ShardPlan) -> Path:
@@ -191,7 +220,7 @@ def finished_path(finished: Path, shard: ShardPlan) -> Path:
 
 def extract(
     extractor: Extractor, shards: Iterable[ShardPlan], finished: Path, made: set[ShardPlan] | None = None
-) -> Iterator[int]:
+) -> Generator[int]:
     """Make the shards that are not there yet and that no other process is making.
 
     Args:
@@ -202,53 +231,56 @@ def extract(
         After each batch the number of its targets.
 
     Raises:
-        FeatureError, CorpusError, ShardError: as `Extractor.batches`. OSError: a full disk.
+        FeatureError: as `Extractor.batches`, and on a full disk. CorpusError, ShardError: as `Extractor.batches`.
     """
-    taken: list[_Claim] = []
-    computing: deque[_Claim] = deque()
-    writing: deque[Future[None]] = deque()
+    unfinished: list[_Claim] = []
+    writing: deque[tuple[_Claim, Future[bool]]] = deque()
+    device = extractor.teacher.device
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def claimed() -> Iterator[Sequence[Target]]:
         for shard in shards:
             claim = _claim(extractor.teacher, shard, finished)
             if claim is not None:
-                taken.append(claim)
-                computing.append(claim)
+                unfinished.append(claim)
                 yield shard.targets
+
+    def written() -> None:
+        claim, future = writing.popleft()
+        if future.result():
+            unfinished.remove(claim)
+            if made is not None:
+                made.add(claim.shard)
 
     with ThreadPoolExecutor(1, thread_name_prefix="writing") as pool:
         try:
             for batch in extractor.batches(claimed()):
-                claim = computing[0]
+                claim = next(one for one in unfinished if one.left)
                 claim.left -= len(batch.targets)
                 rejected = [reason is not None for reason in batch.rejected]
-                writing.append(pool.submit(claim.write, batch.values.cpu(), rejected, last=claim.left == 0))
+                computing = _Computing(batch.values, stream)
+                writing.append((claim, pool.submit(claim.write, computing, rejected, last=claim.left == 0)))
                 # A full disk shows here, and not when everything was computed.
-                while writing and (len(writing) > _BATCHES_TO_WRITE or writing[0].done()):
-                    writing.popleft().result()
-                if claim.left == 0:
-                    computing.popleft()
-                    if made is not None:
-                        made.add(claim.shard)
+                while writing and (len(writing) > _BATCHES_TO_WRITE or writing[0][1].done()):
+                    written()
                 yield len(batch.targets)
-            for future in writing:
-                future.result()
+            while writing:
+                written()
         finally:
             pool.shutdown(cancel_futures=True)
-            for claim in taken:
+            for claim in unfinished:
                 claim.abandon()
 
 
-def complete(extractor: Extractor, shards: Sequence[ShardPlan], finished: Path) -> Iterator[int]:
+def complete(extractor: Extractor, shards: Sequence[ShardPlan], finished: Path) -> Generator[int]:
     """`extract`, then wait for what other processes are making, and make it where they died.
 
     Yields:
-        Numbers of targets whose features are there now; they add up to those that were missing.
+        Numbers of targets whose features are there now; they add up to those of `shards`.
     """
-    missing = [shard for shard in shards if not is_whole(finished_path(finished, shard))]
     made: set[ShardPlan] = set()
-    yield from extract(extractor, missing, finished, made)
-    for shard in missing:
+    yield from extract(extractor, shards, finished, made)
+    for shard in shards:
         if shard in made:
             continue
         # One at a time and nothing else claimed: two that wait can't wait for each other.
@@ -260,6 +292,29 @@ def complete(extractor: Extractor, shards: Sequence[ShardPlan], finished: Path) 
         yield len(shard.targets)
 
 
+class _Computing:
+    """Features that a GPU may still be computing.
+
+    Args:
+        values: as `Features` has them.
+        stream: of the GPU, where they are rounded and fetched, beside what the encoder is given next; None on a CPU.
+    """
+
+    def __init__(self, values: Tensor, stream: torch.cuda.Stream | None) -> None:
+        self._values, self._stream = values, stream
+        self._computed = torch.cuda.current_stream(values.device).record_event() if stream is not None else None
+
+    @contextlib.contextmanager
+    def values(self) -> Iterator[Tensor]:
+        """To be used within, on the stream. What follows must not return before it has read them."""
+        if self._stream is None or self._computed is None:
+            yield self._values
+            return
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(self._computed)
+            yield self._values
+
+
 class _Claim:
     """A shard that this process makes and no other."""
 
@@ -267,17 +322,28 @@ class _Claim:
         self.shard, self._writer, self._lock = shard, writer, lock
         self.left = len(shard.targets)
         """Targets to compute."""
+        self._finished = False
 
-    def write(self, values: Tensor, rejected: Sequence[bool], last: bool) -> None:
-        """The next features; the last ones finish the shard."""
-        self._writer.write(values, rejected)
+    def write(self, features: _Computing, rejected: Sequence[bool], last: bool) -> bool:
+        """The next features; whether they finished the shard. Raises `FeatureError` on a full disk."""
+        try:
+            with features.values() as values:
+                self._writer.write(values, rejected)
+            if last:
+                self._writer.finish()
+        except OSError as error:
+            raise FeatureError(
+                f"{self._writer.path} can't be written: {error}; free some space and give the same command again, "
+                "which goes on from the shards that are finished, or compute the features online (features: online)"
+            ) from error
         if last:
-            self._writer.finish()
             self._lock.release()
+            self._finished = True
+        return self._finished
 
     def abandon(self) -> None:
         """Give it up, unless it was finished."""
-        if self._lock.is_locked:
+        if not self._finished:
             self._writer.abandon()
             self._lock.release()
 
@@ -291,12 +357,16 @@ def _claim(teacher: Teacher, shard: ShardPlan, finished: Path) -> _Claim | None:
         lock.acquire(blocking=False)
     except Timeout:
         return None
-    if is_whole(path):
+    try:
+        if is_whole(path):
+            lock.release()
+            return None
+        for left_over in finished.glob(f"{path.name}.*.part"):
+            left_over.unlink()
+        writer = ShardWriter(path, len(shard.targets), teacher.grid, teacher.dim, teacher.recipe.storage)
+    except BaseException:
         lock.release()
-        return None
-    for left_over in finished.glob(f"{path.name}.*.part"):
-        left_over.unlink(missing_ok=True)
-    writer = ShardWriter(path, len(shard.targets), teacher.grid, teacher.dim, teacher.recipe.storage)
+        raise
     return _Claim(shard, writer, lock)
 
 

@@ -16,9 +16,12 @@ import math
 import multiprocessing
 import os
 import shutil
+import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
@@ -35,7 +38,7 @@ from valr_ops.recipe.cost import FeatureChoice, choose_features
 from valr_ops.store.artifacts import Check, StageContext, StageReport
 from valr_ops.store.progress import Progress
 from valr_ops.teachers.encoders import Teacher, load_teacher, read_teacher
-from valr_ops.teachers.extraction import Extractor, arranged, complete, extract, finished_path, plan
+from valr_ops.teachers.extraction import Extractor, arranged, complete, extract, finished_path, plan, scene_start
 from valr_ops.teachers.online import FeatureSource, OnlineFeatures
 from valr_ops.teachers.stored import (
     CONSTANT,
@@ -123,6 +126,11 @@ def build_teacher_features(context: StageContext) -> StageReport:
         source = store = FeatureStore(context.out)
         sound = [target for target in wanted.targets if target in store]
         rejected = _write_rejects(context, extractor, store.rejected)
+        if not sound:
+            raise FeatureError(
+                f"no image of {len(wanted.targets)} targets can be decoded (first {shown(wanted.targets[0])}); "
+                "make them again with `valr run cot_corpus --force`, which checks every image"
+            )
         problems, figures = _judge(store, wanted.targets)
     else:
         extracted, rejected, problems, figures = 0, 0, [], {}
@@ -222,6 +230,12 @@ def open_features(
     return sources
 
 
+def origins(inputs: Mapping[str, Path], teachers: Iterable[str]) -> dict[str, dict[str, str]]:
+    """By teacher its model, licence and fingerprint, for the settings and the card of a model aligned to it."""
+    indexes = {name: read_index(inputs[f"teacher_features_{name}"]) for name in teachers}
+    return {name: {key: index[key] for key in ("model", "license", "fingerprint")} for name, index in indexes.items()}
+
+
 def rejected_records(inputs: Mapping[str, Path], teachers: Iterable[str]) -> set[str]:
     """Ids of the records that can't be aligned because an image that a teacher needs could not be decoded."""
     files = [inputs[f"teacher_features_{name}"] / _REJECTS for name in teachers]
@@ -261,7 +275,8 @@ def _choose(context: StageContext, extractor: Extractor, wanted: Wanted) -> Feat
     speed = None
     if recipe.features == "auto":
         # The last targets: where there are scenes, they are what costs.
-        some = wanted.targets[-_MEASURED_IMAGES[teacher.device.type] :]
+        start = scene_start(wanted.targets, max(0, len(wanted.targets) - _MEASURED_IMAGES[teacher.device.type]))
+        some = wanted.targets[start:]
         list(extractor.batches([some]))
         count, began = 0, time.monotonic()
         while not count or time.monotonic() - began < _MEASURED_SECONDS:
@@ -285,11 +300,12 @@ def _store(context: StageContext, extractor: Extractor, wanted: Wanted) -> int:
     for other in context.work.iterdir():
         if other.is_dir() and other != finished:
             shutil.rmtree(other)
-    there = sum(len(shard.targets) for shard in shards if is_whole(finished_path(finished, shard)))
-    with _other_processes(context):
-        steps = _one_by_one(complete(extractor, shards, finished), context.progress)
+    missing = [shard for shard in shards if not is_whole(finished_path(finished, shard))]
+    there = len(wanted.targets) - sum(len(shard.targets) for shard in missing)
+    with _other_processes(context), contextlib.closing(complete(extractor, missing, finished)) as steps:
+        counted = _one_by_one(steps, context.progress)
         label = f"{teacher.name}, images"
-        for _ in context.progress.track(steps, label, total=len(wanted.targets), done=there):
+        for _ in context.progress.track(counted, label, total=len(wanted.targets), done=there):
             pass
     for number, shard in enumerate(shards):
         _link_or_copy(finished_path(finished, shard), context.out / shard_name(number))
@@ -306,8 +322,9 @@ def _extract_part(context: StageContext, extractor: Extractor, wanted: Wanted) -
     shards, (part, parts) = plan(wanted.targets, extractor.teacher), context.part
     turn = len(shards) * part // parts
     finished = _finished_folder(context.work, extractor.teacher)
-    steps = _one_by_one(extract(extractor, [*shards[turn:], *shards[:turn]], finished), context.progress)
-    return sum(1 for _ in context.progress.track(steps, f"{extractor.teacher.name}, images of part {part}/{parts}"))
+    label = f"{extractor.teacher.name}, images of part {part}/{parts}"
+    with contextlib.closing(extract(extractor, [*shards[turn:], *shards[:turn]], finished)) as steps:
+        return sum(1 for _ in context.progress.track(_one_by_one(steps, context.progress), label))
 
 
 def _finished_folder(work: Path, teacher: Teacher) -> Path:
@@ -338,7 +355,7 @@ def _other_processes(context: StageContext) -> Iterator[None]:
     started = []
     for part in range(1, count):
         mine = replace(context, recipe=recipe, progress=Progress(), part=(part, count))
-        started.append(spawn.Process(target=build_teacher_features, args=(mine,), daemon=True))
+        started.append(spawn.Process(target=_beside, args=(mine,), daemon=True))
         started[-1].start()
     try:
         yield
@@ -346,6 +363,20 @@ def _other_processes(context: StageContext) -> Iterator[None]:
         for process in started:
             process.terminate()
             process.join()
+
+
+def _beside(context: StageContext) -> None:
+    """A part in a process of its own, which ends with the one that started it, even if that is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    build_teacher_features(context)
 
 
 def _link_or_copy(source: Path, destination: Path) -> None:
@@ -358,6 +389,8 @@ def _link_or_copy(source: Path, destination: Path) -> None:
 
 def _head(teacher: Teacher, mode: str, shards: Sequence[Shard]) -> dict[str, Any]:
     """What index.json says."""
+    with ThreadPoolExecutor() as pool:
+        digests = list(pool.map(lambda shard: shard.digest, shards))
     return {
         "teacher": teacher.name,
         "mode": mode,
@@ -370,7 +403,7 @@ def _head(teacher: Teacher, mode: str, shards: Sequence[Shard]) -> dict[str, Any
         "grid": teacher.grid,
         "dim": teacher.dim,
         "storage": teacher.recipe.storage if mode == "stored" else None,
-        "shards": [{"file": shard.path.name, **shard.digest} for shard in shards],
+        "shards": [{"file": shard.path.name, **digest} for shard, digest in zip(shards, digests, strict=True)],
     }
 
 
@@ -379,7 +412,9 @@ def _write_rejects(context: StageContext, extractor: Extractor, rejected: Sequen
     if not rejected:
         return 0
     reasons = {
-        target: why for batch in extractor.batches([rejected]) for target, why in zip(batch.targets, batch.rejected)
+        target: why or "it could be decoded at the second attempt"
+        for batch in extractor.batches([rejected])
+        for target, why in zip(batch.targets, batch.rejected, strict=True)
     }
     lines = []
     for batch in Sequences(context.inputs["latent_corpus"]).batches():
@@ -414,6 +449,8 @@ def _judge(store: FeatureStore, targets: Sequence[Target]) -> tuple[list[str], d
         cosine, rows = cosine + shard.facts.other_cosine, rows + shard.facts.rows
         start += len(shard.states)
     absent = len(targets) - start
+    if store.index["storage"] == "float16":
+        found["not finite, or larger than float16 can be (set storage to bfloat16)"] = found.pop("not finite")
     problems = [f"{len(which)} {kind} (first {which[0]})" for kind, which in found.items() if which]
     if absent:
         problems.append(f"{absent} missing")
@@ -464,7 +501,7 @@ def _draw_features(features: Tensor, seen: Tensor, name: str, path: Path) -> Non
         seen: ``[n, side, side, 3]`` uint8.
     """
     # Features that are not finite fail the check; the picture must not stop the stage before it can say so.
-    features = features.nan_to_num()
+    features = features.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
     centred = features.flatten(0, 2) - features.flatten(0, 2).mean(dim=0)
     components = torch.linalg.svd(centred, full_matrices=False).Vh[:3].T
     # A component's sign is arbitrary; the largest loading is made positive so that the colours are always the same.

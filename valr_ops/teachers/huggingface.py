@@ -25,7 +25,6 @@ FINAL_NORM = {
     "dinov3_vit": None,
     "siglip_vision_model": None,
     "clip_vision_model": "post_layernorm",
-    "metaclip_2_vision_model": "post_layernorm",
 }
 """Model types that can be teachers, and the norm that is still to be applied to their last hidden state."""
 _TEXT_MODEL = ("text_model.", "text_projection.", "visual_projection.", "logit_scale", "logit_bias")

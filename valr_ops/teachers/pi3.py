@@ -52,6 +52,7 @@ class Pi3(nn.Module):
         super().__init__()
         if decoder_depth < 2 or decoder_depth % 2:
             raise ValueError(f"decoder_depth={decoder_depth} must be even and at least 2: blocks alternate in pairs")
+        self._arguments = {"decoder_depth": decoder_depth, **encoder_arguments}
         self.encoder = Encoder(encoder, **encoder_arguments)
         width, heads = self.encoder.width, self.encoder.heads
         if width % (4 * heads):
@@ -89,7 +90,7 @@ class Pi3(nn.Module):
     @property
     def settings(self) -> dict[str, Any]:
         """What changes the features beside the weights, JSON values."""
-        return {}
+        return {"arguments": self._arguments}
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Features ``[N, rows, columns, dim]`` of normalised images ``[N, 3, height, width]``, each seen alone."""

@@ -4,7 +4,7 @@ In: patch features of targets, in the order of a plan. Out: shards with the tens
 
     features   [n, rows, columns, dim]  bfloat16, float16, or int8
     scales     [n, rows, columns]       float32, one a patch; of int8 only, else empty
-    checksums  [n] int64                XXH3 of each row's bytes, compared when the row is first read
+    checksums  [n] int64                XXH3 of each row's features and scales, compared when it is first read
     states     [n] uint8                whether the row is sound (`SOUND`), or what is wrong with it
     energy     [dim] float64            sum of squares over the patches of the sound rows
 
@@ -14,6 +14,7 @@ its bytes depend on its rows alone; a row that was altered, or a shard that was 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -21,6 +22,7 @@ import os
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -31,7 +33,6 @@ import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.nn import functional as F
 
 from valr_ops.data.sequences import Target
 
@@ -44,7 +45,12 @@ SOUND, CONSTANT, NOT_FINITE, REJECTED = range(4)
 """States of a row: usable; the same at every patch; not finite; without features, as its image can't be decoded."""
 
 _INDEX, _TARGETS = "index.json", "targets.parquet"
+_INDEX_KEYS = {
+    *("teacher", "mode", "model", "license", "fingerprint", "weights_sample"),
+    *("views", "grid", "dim", "storage", "shards"),
+}
 _HEADER_BYTES = 4096
+_KEY_BYTES = 16
 _FACTS = "facts"
 _DTYPES = {"bfloat16": (torch.bfloat16, "BF16"), "float16": (torch.float16, "F16"), "int8": (torch.int8, "I8")}
 _TARGETS_SCHEMA = pa.schema(
@@ -66,12 +72,13 @@ class FeatureError(ValueError):
 
 def key_of(target: Target) -> bytes:
     """Sixteen bytes that stand for a target."""
-    return hashlib.blake2b(json.dumps(target).encode(), digest_size=16).digest()
+    return xxhash.xxh3_128_digest(repr(tuple(target)).encode())
 
 
 def shown(target: Target) -> str:
     """A target in a message."""
-    beside = f" beside {len(target.views) - 1} other views" if target.views else ""
+    others = len(target.views) - 1
+    beside = f" beside {others} other view{'s' if others > 1 else ''}" if target.views else ""
     return f"{target.digest[:12]}{list(target.box) if target.box else ''}{beside}"
 
 
@@ -122,7 +129,7 @@ class ShardWriter:
     """
 
     def __init__(self, path: Path, rows: int, grid: tuple[int, int], dim: int, storage: Storage) -> None:
-        self._path, self._storage = path, storage
+        self.path, self._storage = path, storage
         self._part = path.with_name(f"{path.name}.{os.getpid()}.part")
         scale_rows = rows if storage == "int8" else 0
         self._before: dict[str, tuple[str, Tensor]] = {
@@ -142,45 +149,55 @@ class ShardWriter:
         """The next rows.
 
         Args:
-            features: ``[n, rows, columns, dim]`` on the CPU; whatever stands in a rejected row is left out.
+            features: ``[n, rows, columns, dim]`` on any device; whatever stands in a rejected row is left out.
             rejected: [n], rows without features.
         """
         here = slice(self._at, self._at + len(features))
-        there = ~torch.tensor(rejected, dtype=torch.bool)
+        there = ~torch.tensor(rejected, dtype=torch.bool, device=features.device)
         features = features if there.all() else torch.where(there[:, None, None, None], features, 0)
         stored, scales = encode(features, self._storage)
-        self._states[here] = self._judge(features, stored, scales, there)
+        self._states[here] = self._judge(features, stored, scales, there).cpu()
+        stored = stored.cpu()
         if scales is not None:
+            scales = scales.cpu()
             self._before["scales"][1][here] = scales
-        rows = stored.contiguous().flatten(1).view(torch.uint8).numpy()
-        checksums = [xxhash.xxh3_64_intdigest(row) for row in rows]
-        self._before["checksums"][1][here] = torch.from_numpy(np.array(checksums, np.uint64).view(np.int64))
+        rows = _bytes_of_rows(stored)
+        checksums = _checksums(rows, None if scales is None else _bytes_of_rows(scales))
+        self._before["checksums"][1][here] = torch.from_numpy(checksums.view(np.int64))
         self._file.write(rows.data)
         self._at += len(features)
 
     def _judge(self, features: Tensor, stored: Tensor, scales: Tensor | None, there: Tensor) -> Tensor:
         """States ``[n]`` of the rows; adds the sound ones to the figures."""
-        finite = features.isfinite().flatten(1).all(1) & decode(stored, scales).isfinite().flatten(1).all(1)
-        varies = (features != features[:, :1, :1]).flatten(1).any(1)
+        exact, rounded = features.float(), stored.dtype != features.dtype
+        kept = decode(stored, scales).float() if rounded else exact
+        # Norms and sums see every value at memory speed, isfinite().all() and any() on a CPU do not.
+        lengths, kept_lengths = (torch.linalg.vector_norm(one, dim=-1) for one in (exact, kept))
+        finite = (lengths + kept_lengths).isfinite().flatten(1).all(1)
+        varies = torch.linalg.vector_norm(exact - exact[:, :1, :1], ord=1, dim=(1, 2, 3)) > 0
         sound = there & finite & varies
-        states = torch.full((len(features),), REJECTED, dtype=torch.uint8)
+        states = torch.full((len(features),), REJECTED, dtype=torch.uint8, device=features.device)
         states[there & ~finite], states[there & finite & ~varies], states[sound] = NOT_FINITE, CONSTANT, SOUND
-        exact = (features if sound.all() else features[sound]).float()
+        if not sound.all():
+            exact, kept, lengths, kept_lengths = exact[sound], kept[sound], lengths[sound], kept_lengths[sound]
         if len(exact):
-            if stored.dtype != features.dtype:
-                kept = decode(stored, scales)
-                cosine = F.cosine_similarity((kept if sound.all() else kept[sound]).float(), exact, dim=-1)
+            if rounded:
+                # A patch of zeros has no direction, and is stored as what it is.
+                cosine = _cosine(exact, kept, lengths, kept_lengths).masked_fill(lengths == 0, 1)
                 self._facts.min_cosine = min(self._facts.min_cosine, cosine.min().item())
-            self._before["energy"][1].add_(exact.flatten(0, 2).square().sum(0).double())
+            self._before["energy"][1].add_(exact.flatten(0, 2).square().sum(0).double().cpu())
             # Neighbours show the same image, so the other row is taken from half the rows away.
-            other = F.cosine_similarity(exact, exact.roll(len(exact) // 2, dims=0), dim=-1)
+            away = len(exact) // 2
+            other = _cosine(exact, exact.roll(away, dims=0), lengths, lengths.roll(away, dims=0))
             self._facts.other_cosine += other.mean().item() * len(exact)
             self._facts.rows += len(exact)
         return states
 
     def abandon(self) -> None:
         """Leave nothing behind."""
-        self._file.close()
+        # Closing writes what is buffered, which a full disk refuses once more.
+        with contextlib.suppress(OSError):
+            self._file.close()
         self._part.unlink(missing_ok=True)
 
     def finish(self) -> None:
@@ -204,7 +221,23 @@ class ShardWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        self._part.replace(self._path)
+        self._part.replace(self.path)
+
+
+def _cosine(ones: Tensor, others: Tensor, lengths: Tensor, other_lengths: Tensor) -> Tensor:
+    """Cosines ``[...]`` of vectors ``[..., dim]`` whose lengths are known; zero where one has none."""
+    return torch.linalg.vecdot(ones, others) / (lengths * other_lengths).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _bytes_of_rows(values: Tensor) -> np.ndarray:
+    """``[n, bytes]`` uint8, a view of `values` ``[n, ...]``."""
+    return values.contiguous().flatten(1).view(torch.uint8).numpy()
+
+
+def _checksums(features: np.ndarray, scales: np.ndarray | None) -> np.ndarray:
+    """[n] uint64 of rows of bytes; scales, where there are some, are the seed of what they belong to."""
+    seeds = repeat(0, len(features)) if scales is None else map(xxhash.xxh3_64_intdigest, scales)
+    return np.array([xxhash.xxh3_64_intdigest(row, seed) for row, seed in zip(features, seeds, strict=True)], np.uint64)
 
 
 def is_whole(path: Path) -> bool:
@@ -233,7 +266,8 @@ class Shard:
                 self.energy: Tensor = opened.get_tensor("energy")
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise FeatureError(f"{path} can't be read: {error}; {mend}") from error
-        self._bytes = self._features.flatten(1).view(torch.uint8).numpy()
+        self._feature_bytes = _bytes_of_rows(self._features)
+        self._scale_bytes = _bytes_of_rows(self._scales) if len(self._scales) else None
         self._verified = np.zeros(len(self._features), dtype=bool)
 
     @property
@@ -246,12 +280,14 @@ class Shard:
     def __getitem__(self, row: int) -> Tensor:
         """``[rows, columns, dim]``, a view of the mapped file, or for int8 its values. Raises `FeatureError`."""
         if not self._verified[row]:
-            if xxhash.xxh3_64_intdigest(self._bytes[row]) != int(self._checksums[row]):
+            one = slice(row, row + 1)
+            scales = None if self._scale_bytes is None else self._scale_bytes[one]
+            if _checksums(self._feature_bytes[one], scales)[0] != self._checksums[row]:
                 raise FeatureError(
                     f"{self.path} is damaged: row {row} has not the checksum that was written; {self._mend}"
                 )
             self._verified[row] = True
-        return decode(self._features[row], self._scales[row] if len(self._scales) else None)
+        return decode(self._features[row], None if self._scale_bytes is None else self._scales[row])
 
 
 class FeatureStore:
@@ -276,22 +312,24 @@ class FeatureStore:
         """Of the teacher: weights, architecture and preprocessing."""
         self._joint: bool = self.index["views"] == "joint"
         columns = self._columns("key", "shard", "row", "rejected")
-        there = ~columns["rejected"].to_numpy(zero_copy_only=False)
-        places = zip(columns["shard"].to_pylist(), columns["row"].to_pylist(), strict=True)
-        keyed = zip(columns["key"].to_pylist(), places, there.tolist(), strict=True)
-        self._places: dict[bytes, tuple[int, int]] = {key: place for key, place, sound in keyed if sound}
+        there = ~np.array(columns["rejected"].to_pylist(), dtype=bool)
+        keys = np.array(columns["key"].to_pylist(), dtype=f"S{_KEY_BYTES}")[there]
+        places = np.array([columns["shard"].to_pylist(), columns["row"].to_pylist()], dtype=np.int32).T[there]
+        # Arrays, as there are millions of targets in every process that trains.
+        order = np.argsort(keys)
+        self._keys, self._places = keys[order], places[order]
         self._shards: dict[int, Shard] = {}
 
     def __len__(self) -> int:
         """Targets that have features."""
-        return len(self._places)
+        return len(self._keys)
 
     def __iter__(self) -> Iterator[Target]:
         """The targets that have features, in the order of the shards."""
         return (target for target, rejected in self._targets() if not rejected)
 
     def __contains__(self, target: Target) -> bool:
-        return key_of(target.seen(joint=self._joint)) in self._places
+        return self._located([target]) != [None]
 
     @property
     def rejected(self) -> list[Target]:
@@ -304,17 +342,20 @@ class FeatureStore:
         Raises:
             FeatureError: the target has no stored features, or its shard is missing, cut short or altered.
         """
-        place = self._places.get(key_of(target.seen(joint=self._joint)))
-        if place is None:
-            raise FeatureError(
-                f"{self._folder.name} has no features of {shown(target)}; {self._mend}: "
-                "it belongs to another latent_corpus"
-            )
-        return self.shard(place[0])[place[1]]
+        return self.features([target])[0]
 
     def features(self, targets: Sequence[Target]) -> list[Tensor]:
-        """`get` of each of `targets`."""
-        return [self.get(target) for target in targets]
+        """`get` of each of `targets`, in less time than one by one."""
+        found = []
+        for target, place in zip(targets, self._located(targets), strict=True):
+            if place is None:
+                raise FeatureError(
+                    f"{self._folder.name} has no features of {shown(target)}, because it belongs to another "
+                    f"latent_corpus; {self._mend}"
+                )
+            shard, row = place
+            found.append(self.shard(shard)[row])
+        return found
 
     def shard(self, number: int) -> Shard:
         """A shard by its number. Raises `FeatureError`."""
@@ -325,6 +366,15 @@ class FeatureStore:
     def shards(self) -> Iterator[Shard]:
         """All shards in order. Raises `FeatureError`."""
         return (self.shard(number) for number in range(len(self.index["shards"])))
+
+    def _located(self, targets: Sequence[Target]) -> list[tuple[int, int] | None]:
+        """Shard and row of each, None where it has no features."""
+        wanted = np.array([key_of(target.seen(joint=self._joint)) for target in targets], dtype=self._keys.dtype)
+        at = np.searchsorted(self._keys, wanted)
+        there = at < len(self._keys)
+        there[there] = self._keys[at[there]] == wanted[there]
+        places = iter(self._places[at[there]].tolist())
+        return [tuple(next(places)) if here else None for here in there.tolist()]
 
     def _targets(self) -> Iterator[tuple[Target, bool]]:
         columns = self._columns("digest", "box", "views", "rejected")
@@ -351,8 +401,8 @@ def read_index(folder: Path) -> dict[str, Any]:
         raise FeatureError(f"{path} does not exist; make the features with `valr run {folder.name}`")
     try:
         index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        missing = {"teacher", "mode", "dim", "fingerprint", "views", "shards"} - index.keys()
-    except ValueError as error:
+        missing = _INDEX_KEYS - index.keys()
+    except (ValueError, AttributeError) as error:
         raise FeatureError(f"{path} can't be read: {error}; make it again with `valr run {folder.name}`") from error
     if missing:
         raise FeatureError(

@@ -36,7 +36,7 @@ class VisionTransformer:
         model: with class token, registers or none; its rotary table, where it has one, is replaced by a fixed one.
         layer: zero-based, negative from the end.
         image_pixels: side of the images that it will see.
-        configuration: timm's, with ``mean`` and ``std``.
+        configuration: timm's, with ``mean`` and ``std``, and the ``arguments`` that the model was made with.
 
     Raises:
         ValueError: no such layer.
@@ -47,16 +47,13 @@ class VisionTransformer:
     def __init__(self, model: Any, layer: int | None, image_pixels: int, configuration: dict[str, Any]) -> None:
         self.model = model
         self.layer = _index(layer, len(self.model.blocks), "blocks")
+        self.settings = {"layer": self.layer, "arguments": configuration["arguments"]}
+        """What changes the features beside the weights, JSON values."""
         self.patch_size = int(self.model.patch_embed.patch_size[0])
         self.mean, self.std = tuple(configuration["mean"]), tuple(configuration["std"])
         if hasattr(getattr(self.model, "rope", None), "get_embed") and not getattr(self.model, "rope_mixed", False):
-            side = image_pixels // self.patch_size
+            side = max(1, image_pixels // self.patch_size)
             self.model.rope = _FixedRotary(self.model.rope.get_embed(shape=[side, side]))
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What changes the features beside the weights, JSON values."""
-        return {"layer": self.layer}
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Features ``[N, rows, columns, dim]`` of normalised `pixels` ``[N, 3, height, width]``."""
@@ -76,7 +73,7 @@ class FeatureMap:
     Args:
         model: offers ``feature_info`` and ``forward_intermediates``.
         layer: which of its stages, negative from the end; None takes the deepest one of stride 16.
-        configuration: timm's, with ``mean`` and ``std``.
+        configuration: timm's, with ``mean`` and ``std``, and the ``arguments`` that the model was made with.
 
     Raises:
         ValueError: no such stage.
@@ -91,13 +88,10 @@ class FeatureMap:
             raise ValueError(f"no stage has stride {_CELL_PIXELS}; choose one by layer, they have strides {strides}")
         deepest = len(strides) - 1 - strides[::-1].index(_CELL_PIXELS) if layer is None else layer
         self.layer = _index(deepest, len(strides), "stages")
+        self.settings = {"layer": self.layer, "arguments": configuration["arguments"]}
+        """What changes the features beside the weights, JSON values."""
         self.patch_size = strides[deepest]
         self.mean, self.std = tuple(configuration["mean"]), tuple(configuration["std"])
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What changes the features beside the weights, JSON values."""
-        return {"layer": self.layer}
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Features ``[N, rows, columns, dim]`` of normalised `pixels` ``[N, 3, height, width]``."""
@@ -145,21 +139,16 @@ def build_timm(name: str, recipe: TeacherRecipe, folder: Path | None) -> VisionT
         model: Any = timm.create_model(recipe.model, pretrained=False, **arguments | {"num_classes": 0})
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise unbuildable(name, recipe, error) from error
-    configuration = model.pretrained_cfg | described.get("pretrained_cfg", {})
+    configuration = model.pretrained_cfg | described.get("pretrained_cfg", {}) | {"arguments": arguments}
+    has_patch_tokens = hasattr(model, "num_prefix_tokens") and hasattr(model, "patch_embed")
+    if has_patch_tokens:
+        _check_size(name, recipe, model)
     try:
-        if hasattr(model, "num_prefix_tokens") and hasattr(model, "patch_embed"):
-            _check_size(name, recipe, model)
+        if has_patch_tokens:
             return VisionTransformer(model, recipe.layer, recipe.image_pixels, configuration)
-        if hasattr(model, "forward_intermediates") and hasattr(model, "feature_info"):
-            return FeatureMap(model, recipe.layer, configuration)
+        return FeatureMap(model, recipe.layer, configuration)
     except ValueError as error:
-        if isinstance(error, TeacherError):
-            raise
         raise TeacherError(f"teachers.{name}.layer={recipe.layer} of {recipe.model}: {error}") from error
-    raise TeacherError(
-        f"teachers.{name}.model={recipe.model!r} has neither patch tokens nor stages to read; choose a vision "
-        "transformer such as vit_large_patch16_dinov3"
-    )
 
 
 def classifier_prefixes(model: Any) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ from valr_ops.model.qwen import check_block, load_model, save_model
 from valr_ops.recipe.recipe import Recipe, RecipeError, TrainingRecipe
 from valr_ops.store.artifacts import Check, StageContext, StageReport
 from valr_ops.store.progress import Progress
-from valr_ops.teachers.features import open_features, rejected_records
+from valr_ops.teachers.features import open_features, origins, rejected_records
 from valr_ops.torchvision_guard import ensure_torchvision
 from valr_ops.training import launch, log, schedule
 from valr_ops.training.engine import Ranks, join_ranks, make_engine
@@ -254,7 +254,7 @@ def _build(context: StageContext, stage: Literal[1, 2], start: str) -> StageRepo
         # Tensors of their own in host memory: DeepSpeed's are views of one, which safetensors refuses.
         for parameter in model.parameters():
             parameter.data = parameter.data.to("cpu", getattr(torch, training.precision), copy=True)
-        save_model(model, processor, context.out, _settings(recipe, stage))
+        save_model(model, processor, context.out, _settings(recipe, stage, origins(inputs, teachers)))
         if projectors is not None:
             tensors = {name: tensor.float().cpu().contiguous() for name, tensor in projectors.state_dict().items()}
             save_file(tensors, context.out / "projectors.safetensors")
@@ -264,12 +264,12 @@ def _build(context: StageContext, stage: Literal[1, 2], start: str) -> StageRepo
     return _report(done, validation, objective, windows, clock)
 
 
-def _settings(recipe: Recipe, stage: int) -> dict[str, Any]:
-    """What generation must know about how the model was trained."""
+def _settings(recipe: Recipe, stage: int, teachers: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
+    """What generation must know about how the model was trained, and whoever publishes it about its teachers."""
     if stage == 1:
         return {"stage": 1}
     slots = {"slots": recipe.latents.slots, "control_tokens": recipe.latents.control_tokens}
-    return {"stage": 2, "block": recipe.alignment.block, **slots}
+    return {"stage": 2, "block": recipe.alignment.block, **slots, "teachers": teachers}
 
 
 def _report(
