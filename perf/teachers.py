@@ -10,6 +10,7 @@ import gc
 import hashlib
 import io
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -279,10 +280,11 @@ def _gpu_share(teachers: Sequence[Teacher]) -> Iterator[Row]:
                 f"beside a stage-2 step (Qwen2.5-VL-3B, micro-batch 2 x 16, {segments} segment(s), two_pass cut)"
             )
             shares = [ratio - 1 for ratio in over(seconds["beside"], seconds["without"])]
-            shared = f"{what}: what it takes longer"
+            median = {side: statistics.median(values) for side, values in seconds.items()}
+            shared = f"{what}: what it takes longer than {median['without']:.2f} s"
             yield row(f"gpu_online_share_{segments}", shares, "share", 0.03, shared, device=device)
             shares = over(seconds["alone"], seconds["without"])
-            shared = f"{what}: their time alone, decoding included, over the step's"
+            shared = f"{what}: their {median['alone']:.2f} s alone, decoding included, over the step's"
             yield row(f"gpu_online_alone_{segments}", shares, "share", None, shared, device=device)
 
 

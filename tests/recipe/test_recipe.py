@@ -83,7 +83,7 @@ def test_a_recipe_can_not_be_changed_in_place() -> None:
         ({"teachers.dinov3.views": "joint"}, r"^teachers.dinov3: views=joint but timm sees one image at a time"),
         ({"variants.valr_s.block": 9}, r"^variants.valr_s.block=9 but this model has blocks 0..3"),
         ({"alignment.teachers": ["dinov4"]}, "alignment.teachers names 'dinov4', .* did you mean 'dinov3'"),
-        ({"variants.valr_s.teachers": ["clip"]}, "variants.valr_s.teachers names 'clip', which is not in teachers"),
+        ({"variants.valr_s.teachers": ["vggt"]}, "variants.valr_s.teachers names 'vggt', which is not in teachers"),
         ({"alignment.teachers": ["pi3", "pi3"]}, "names one twice"),
         ({"alignment.teachers": []}, "name a teacher or set weight to 0"),
         ({"base.path": "x"}, "exactly one of path, hub_id and from_scratch must be set, not path and from_scratch"),
@@ -120,7 +120,7 @@ def test_a_mapping_for_sources_is_the_whole_list_and_for_teachers_is_merged() ->
     one_path = override(recipes.tiny(), {"data.sources.zebra_cot.path": "here"}).data.sources
     assert (len(one_path), one_path["zebra_cot"].path) == (8, "here")
     teachers = override(recipes.tiny(), {"teachers": {"pi3": {"image_pixels": 28}}}).teachers
-    assert (len(teachers), teachers["pi3"].image_pixels) == (4, 28)
+    assert (len(teachers), teachers["pi3"].image_pixels) == (7, 28)
 
 
 def test_the_order_of_a_table_in_the_file_changes_nothing() -> None:

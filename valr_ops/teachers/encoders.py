@@ -104,7 +104,8 @@ class Teacher:
             self.model.to(self.dtype)
         self.device = next(self.model.parameters()).device
         """Where the weights are."""
-        self.batch_images = 64 if self.device.type == "cpu" else 256
+        # On a CPU what a batch leaves in the cache decides, on a GPU how much there is to do at once.
+        self.batch_images = 256 if self.device.type == "cuda" else min(128, max(8, 2048 // (side * side)))
         """Images that are computed at once; with `compile`, as many or `_COMPILED_REST`, which are padded to that."""
         # One value a pixel, not a channel: next to channels that lie innermost, three values would not be vectorised.
         self._mean, self._std = (
@@ -259,7 +260,7 @@ class Teacher:
             return self.encoder(pixels).to(self.dtype)
 
     def _compiled(self, squashed: Tensor) -> Tensor:
-        """`_encode`, compiled at the first use for `batch_images` and for `_COMPILED_REST`; fewer are padded with black.
+        """`_encode`, compiled at first use for `batch_images` and for `_COMPILED_REST`; fewer are padded with black.
 
         Two shapes, because each is compiled for itself, and a window of training has far fewer images than a batch.
         """

@@ -109,7 +109,7 @@ def read_vision_model(name: str, recipe: TeacherRecipe, folder: Path, where: str
     logging.disable_progress_bar()
     logging.set_verbosity(logging.CRITICAL)
     try:
-        whole = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        whole = AutoConfig.from_pretrained(folder, local_files_only=True)
         config = getattr(whole, "vision_config", whole)
         if config.model_type != recipe.model:
             raise TeacherError(f"{where} holds {config.model_type!r}; set teachers.{name}.model to that if it is meant")
@@ -120,7 +120,6 @@ def read_vision_model(name: str, recipe: TeacherRecipe, folder: Path, where: str
             attn_implementation="sdpa",
             use_safetensors=True,
             local_files_only=True,
-            trust_remote_code=False,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )

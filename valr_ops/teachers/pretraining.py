@@ -62,7 +62,7 @@ def pretrain(teacher: Teacher, steps: int, seed: int, progress: Progress) -> flo
     heads = nn.Sequential(nn.LayerNorm(teacher.dim), nn.Linear(teacher.dim, sum(classes))).to(teacher.device)
     teacher.model.train().requires_grad_(True)
     parameters = [*teacher.model.parameters(), *heads.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=_LEARNING_RATE, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(parameters, lr=_LEARNING_RATE, weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=_LEARNING_RATE, total_steps=steps, pct_start=0.1)
     for _ in progress.track(range(steps), f"training {teacher.name} on drawn scenes", total=steps):
         squashed, labels = _crops(train, teacher, random, _BATCH)

@@ -227,7 +227,7 @@ def weights_sample(name: str, recipe: TeacherRecipe) -> str | None:
 
 
 def weights_differ(name: str, recipe: TeacherRecipe, sample: str | None) -> bool:
-    """Whether the weights are others than those of `sample`; False on a machine that has none, where nobody can tell."""
+    """Whether the weights are others than those of `sample`; False where there are none, and nobody can tell."""
     if recipe.weights is not None and not Path(recipe.weights).expanduser().exists():
         return False
     return weights_sample(name, recipe) != sample
