@@ -138,6 +138,13 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--no-latents", action="store_true", help="decode as the model without latent segments")
     serve.add_argument("--settle", type=float, metavar="COSINE", help="end a segment early at states this alike")
 
+    score = verb("score", _score, "score answers by a benchmark's published rules; needs no model", in_project=False)
+    score.add_argument("--benchmark", required=True, metavar="NAME", help="such as vsi_bench, blink, mmvp or jsonl")
+    score.add_argument("--profile", metavar="NAME", help="whose rules: official, lmms-eval@0.7.3, vlmevalkit@e8e78f0")
+    score.add_argument("--in", dest="source", required=True, type=Path, metavar="JSONL", help="id, gold, output a line")
+    score.add_argument("--out", required=True, type=Path, metavar="JSONL", help="id, score, extracted a line")
+    score.add_argument("--aggregate", action="store_true", help="also the benchmark's totals")
+
     verb("doctor", _doctor, "check this machine and say how to mend what is wrong")
     verb("env", _env, 'print the environment for other shells: eval "$(valr env)"')
     return parser
@@ -172,7 +179,7 @@ def _run(options: argparse.Namespace) -> int:
         if options.part is None:
             outcome = runner.run(options.stage, _overrides(options), force=options.force)
         else:
-            outcome = runner.run_part(options.stage, options.part, _overrides(options))
+            outcome = runner.run_part(options.stage, options.part, _overrides(options), force=options.force)
     _last_line(
         stage=outcome.stage,
         how=outcome.how,
@@ -350,6 +357,20 @@ def _serve(options: argparse.Namespace) -> int:
     )
     _last_line(answered=outcome.answered, failed=outcome.failed, seconds=round(outcome.seconds, 1))
     return EXIT_INTERRUPTED if outcome.interrupted else 0
+
+
+def _score(options: argparse.Namespace) -> int:
+    from valr_ops.evaluation import scoring
+
+    summary = scoring.score_file(options.source, options.out, options.benchmark, options.profile, options.aggregate)
+    print(
+        f"{summary['benchmark']} by {summary['profile']}: {summary['n']:,} answers, mean {summary['mean']:.4f}, "
+        f"{summary['unresolved']:,} unresolved"
+    )
+    for name, total in summary.get("totals", {}).items():
+        print(f"  {name}: {total:.4f}" if isinstance(total, float) else f"  {name}: {total}")
+    _last_line(**summary)
+    return 0
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -20,7 +20,7 @@ from valr_ops.store.artifacts import StageContext, StageReport
 from valr_ops.store.progress import Progress
 
 BUDGET = Budget(
-    isolation="answer-line/1",
+    isolation="iso-1",
     prompt="0" * 16,
     engine="transformers",
     precision="float32",

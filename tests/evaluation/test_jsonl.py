@@ -7,7 +7,8 @@ import pytest
 from tests.evaluation.scenes import picture, record
 from valr_ops.data.records import Rejection
 from valr_ops.evaluation.benchmarks import BenchmarkError, Verdict
-from valr_ops.evaluation.benchmarks.jsonl import JsonlBenchmark, options
+from valr_ops.evaluation.benchmarks.jsonl import PROFILES, JsonlBenchmark, options, totals
+from valr_ops.evaluation.scoring import OFFICIAL, Case, Scored, ScoringError
 
 RIGHT, WRONG, UNRESOLVED = Verdict(True, True), Verdict(False, True), Verdict(False, False)
 
@@ -141,3 +142,86 @@ def test_the_prompt_is_the_input_images_in_order_and_the_question_word_for_word(
 def test_a_limit_keeps_the_first_items() -> None:
     benchmark = JsonlBenchmark("mine", [record(n) for n in range(5)], limit=2)
     assert [item.id for item in benchmark.items()] == ["mine/0", "mine/1"]
+
+
+def scored(kind: str, gold: str, output: str, stated: tuple[str, ...] = ()) -> Scored:
+    return PROFILES[OFFICIAL](Case("1", gold, output, kind, stated))
+
+
+NOTHING_READ = Scored(0.0, None, resolved=False)
+
+
+@pytest.mark.parametrize("output", ["B", "b", "(B)", "B.", "B)", "B:", " right ", "Right.", "B. right"])
+@pytest.mark.parametrize("gold", ["B", "(B)", "right"])
+def test_a_case_of_choice_is_right_by_letter_or_text(gold: str, output: str) -> None:
+    assert scored("", gold, output, ("A. left", "B. right")) == Scored(1.0, "B")
+    assert scored("choice", gold, output.removeprefix("B. "), ("left", "right")) == Scored(1.0, "B")
+
+
+@pytest.mark.parametrize("output", ["", "C", "(b).", "(B", "because", "B or A", "right side", "<latent>", "B" * 2**20])
+def test_a_case_of_choice_is_never_guessed(output: str) -> None:
+    assert scored("choice", "B", output, ("left", "right")) == NOTHING_READ
+
+
+@pytest.mark.parametrize(
+    ("kind", "gold", "output", "expected"),
+    [
+        ("yes_no", "yes", "True.", Scored(1.0, "yes")),
+        ("yes_no", "no", "yes", Scored(0.0, "yes")),
+        ("yes_no", "no", "not true", NOTHING_READ),
+        ("number", "3.5", "3.54", Scored(1.0, "3.54")),
+        ("number", "1,200", "1200", Scored(1.0, "1200")),
+        ("number", "7", "7.4", Scored(0.0, "7.4")),
+        ("number", "7", "1,20", NOTHING_READ),
+        ("number", "7", "nan", NOTHING_READ),
+        ("number:mra", "8", "9", Scored(0.8, "9")),
+        ("number:mra", "40", "34", Scored(0.8, "34")),
+        ("number:mra", "60", "48", Scored(0.6, "48")),
+        ("number:mra", "60", "87", Scored(0.1, "87")),
+        ("number:mra", "2", "2.7", Scored(0.3, "2.7")),
+        ("number:mra", "22", "33", Scored(0.1, "33")),
+        ("number:mra", "22", "1e999", Scored(0.0, "1e999")),
+        ("number:abs_tol=0.5", "0", "-0.5", Scored(1.0, "-0.5")),
+        ("number:abs_tol=0.5", "0", "0.51", Scored(0.0, "0.51")),
+        ("number:rel_tol=0.05", "20", "21", Scored(1.0, "21")),
+        ("number:rel_tol=0.05", "-20", "-21.1", Scored(0.0, "-21.1")),
+        ("text", "Blue square", "blue  SQUARE.", Scored(1.0, "blue square")),
+        ("", '["grey", "gray"]', "Gray", Scored(1.0, "gray")),
+        ("text", "blue", "", NOTHING_READ),
+        ("list", '["red", 2]', '["Red", 2.0]', Scored(1.0, '["Red", "2.0"]')),
+        ("list", '["red", 2]', '[2, "red"]', Scored(0.0, '["2", "red"]')),
+        ("list", '["red", 2]', '["red"]', Scored(0.0, '["red"]')),
+        ("list", '["red", 2]', "red, 2", NOTHING_READ),
+        ("list", "[1]", "[" * 100_000, NOTHING_READ),
+        ("list", "[1]", "[NaN]", Scored(0.0, '["NaN"]')),
+    ],
+)
+def test_a_case_is_scored_by_the_rule_that_it_names(kind: str, gold: str, output: str, expected: Scored) -> None:
+    assert scored(kind, gold, output) == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "gold", "message"),
+    [
+        ("numbers", "1", "question_type 'numbers' names no rule; choose one of choice, yes_no"),
+        ("choice:mra", "A", "'choice:mra' names no rule"),
+        ("number:abs_tol", "1", "write number, number:mra, number:abs_tol=0.5"),
+        ("number:mra=2", "1", "write number"),
+        ("number", "four", "gold 'four' is no number"),
+        ("number", "inf", "gold 'inf' is no number"),
+        ("number:mra", "0", "gold '0' is 0, of which there is no relative error"),
+        ("number:rel_tol=0.1", "0.0", "there is no relative error"),
+        ("yes_no", "maybe", "gold 'maybe' is none of yes, no, true, false"),
+        ("choice", "left or right", "neither a letter nor the text"),
+        ("list", "1, 2", "is no JSON list"),
+    ],
+)
+def test_a_case_that_no_rule_fits_is_a_named_error(kind: str, gold: str, message: str) -> None:
+    with pytest.raises(ScoringError, match=f"case '1': .*{message}"):
+        scored(kind, gold, "1")
+
+
+def test_totals_of_cases_are_over_cases_and_over_rules() -> None:
+    cases = [Case("1", "1", "", "number"), Case("2", "1", "", "number"), Case("3", "x", "", "text")]
+    found = totals(cases, [Scored(1.0, "1"), Scored(0.0, "2"), Scored(1.0, "x")], OFFICIAL)
+    assert found == {"overall": 2 / 3, "micro": 2 / 3, "macro": 0.75, "number": 0.5, "text": 1.0}

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import PIL.Image
 
 from valr_ops.data.sources import read_source
-from valr_ops.evaluation.answers import ISOLATION, answer_text, examples
+from valr_ops.evaluation.answers import ISOLATION, examples, isolate
 from valr_ops.evaluation.benchmarks import Benchmark, BenchmarkError, Item
 from valr_ops.evaluation.benchmarks.jsonl import JsonlBenchmark
 from valr_ops.evaluation.statistics import majority_answer, wilson_interval
@@ -336,15 +336,18 @@ def judge(questions: Sequence[Question], predictions: Sequence[Prediction]) -> l
     rows = []
     for benchmark, item in questions:
         prediction = of_item[item.benchmark, item.id]
-        isolated = answer_text(prediction.output)
-        verdict = benchmark.score(item, isolated)
+        isolated = isolate(prediction.output)
+        verdict = benchmark.score(item, isolated.text)
         whole = prediction.finish_reason == "stop"
         rows.append(
             asdict(prediction)
             | {
                 "question": item.question,
                 "gold": item.gold,
-                "isolated": isolated,
+                "isolated": isolated.text,
+                "isolation_rule": isolated.rule,
+                "answer_found": isolated.answer_found,
+                "unclosed_reasoning": isolated.unclosed_reasoning,
                 "correct": verdict.correct and whole,
                 "resolved": verdict.resolved and whole,
             }
