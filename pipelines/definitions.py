@@ -10,11 +10,20 @@ from assets.dispatch import StageRunner
 from assets.factory import stage_assets
 from pipelines.jobs import corpus, everything
 
+PRELOADED = [
+    "pipelines.definitions",
+    "dagster._core.storage.sqlite_storage",
+    "dagster._core.storage.root",
+    "upath.core",
+]
+"""What each step needs, imported once in the process that they are forked from: without the storage, SQLAlchemy and
+Alembic in it, a step takes 1 s longer. Where one of them is not there any more, the step imports what it needs."""
+
 defs = dg.Definitions(
     assets=stage_assets,
     jobs=[everything, corpus],
     resources={"stages": StageRunner()},
     executor=dg.multiprocess_executor.configured(
-        {"max_concurrent": 2, "start_method": {"forkserver": {"preload_modules": ["pipelines.definitions"]}}}
+        {"max_concurrent": 2, "start_method": {"forkserver": {"preload_modules": PRELOADED}}}
     ),
 )

@@ -19,6 +19,7 @@ from typing import Any
 from valr_ops import runner, workspace
 from valr_ops.recipe.recipe import RecipeError
 from valr_ops.stages import STAGES, stage, upstream
+from valr_ops.store import lineage
 from valr_ops.store.artifacts import ArtifactError, Ledger, project_root
 
 
@@ -79,10 +80,16 @@ def materialize(selection: Sequence[str], overrides: Mapping[str, Any]) -> Resul
         ArtifactError: something they need is neither selected nor up to date.
         MaterializeError: a stage failed.
     """
+    root = project_root()
+    # One process imports mlflow instead of every stage, and does so while the first of them are made.
+    with lineage.courier(root):
+        return _materialize(root, selection, overrides)
+
+
+def _materialize(root: Path, selection: Sequence[str], overrides: Mapping[str, Any]) -> Result:
     from valr_ops.store.progress import watch
 
     started = time.monotonic()
-    root = project_root()
     names = tuple(name for name in select(selection) if name != "recipe")
     # Made here, because what is out of date follows from it; Dagster then finds it up to date and records it.
     made = ("recipe",) if runner.refresh_recipe(root, overrides) else ()

@@ -12,7 +12,8 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -27,7 +28,7 @@ from pydantic import BaseModel
 
 from valr_ops.recipe.recipe import Recipe
 from valr_ops.store import lineage
-from valr_ops.store.lineage import RunRecord, deliver, record, recorded_url, spool, steps
+from valr_ops.store.lineage import RunRecord, courier, deliver, record, recorded_url, spool, steps
 
 DELIVER = (
     "import sys; from pathlib import Path; from valr_ops.store.lineage import deliver; "
@@ -368,6 +369,77 @@ def test_mlflow_is_not_imported_before_there_is_something_to_deliver(tmp_path: P
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+RECORD = (
+    "import sys; from pathlib import Path; from tests.store.test_lineage import a_run; "
+    "from valr_ops.store.lineage import record; root = Path(sys.argv[1]); "
+    "print(record(root, a_run(root, output_digest=sys.argv[2]), warn=sys.exit), 'mlflow' in sys.modules)"
+)
+
+
+def elsewhere(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Call it as another process would: outside of the context in which this one has its courier."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function, *arguments, **options).result(timeout=60)
+
+
+def test_a_courier_delivers_for_other_processes_which_get_the_address_and_import_no_mlflow(root: Path):
+    digest = "a" * 32 + ".dir"
+    with courier(root):
+        words = [sys.executable, "-c", RECORD, str(root), digest]
+        done = subprocess.run(words, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=60)
+    url, imported = done.stdout.split()
+    assert url == recorded_url(root, "stage2_valr_m", digest) and imported == "False", done.stderr
+    assert len(runs(root, a_run(root, output_digest=digest))) == 1
+
+
+def test_the_process_of_the_courier_waits_for_nothing_until_the_end(root: Path):
+    mine = [a_run(root) for _ in range(3)]
+    with courier(root):
+        assert [record(root, run) for run in mine] == [None] * 3
+        # Whoever is told later that the artifact is up to date gets the address all the same.
+        assert elsewhere(recorded_url, root, mine[2].stage, mine[2].output_digest) is not None
+    assert spooled(root) == [] and [len(runs(root, run)) for run in mine] == [1] * 3
+
+
+def test_a_courier_that_cannot_deliver_leaves_it_and_the_warning_to_each_process(
+    root: Path, closed_port: int, monkeypatch: pytest.MonkeyPatch, warnings: list[str]
+):
+    run, later = a_run(root), a_run(root)
+    with courier(root):
+        with monkeypatch.context() as away:
+            away.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{closed_port}")
+            assert elsewhere(record, root, run, warn=warnings.append) is None
+        assert len(warnings) == 1 and "is away" in warnings[0]
+        assert elsewhere(record, root, later, warn=warnings.append) is not None
+    assert len(warnings) == 1 and spooled(root) == []
+    assert [len(runs(root, one)) for one in (run, later)] == [1, 1]
+
+
+def test_of_two_couriers_one_delivers_and_the_other_is_not_needed(root: Path):
+    mine = [a_run(root), a_run(root)]
+    with courier(root):
+        elsewhere(_with_courier, root, mine[0])
+        assert elsewhere(record, root, mine[1]) is not None
+    assert [len(runs(root, run)) for run in mine] == [1, 1]
+
+
+def _with_courier(root: Path, run: RunRecord) -> None:
+    with courier(root):
+        record(root, run)
+
+
+def test_a_courier_that_finds_nothing_new_imports_nothing_and_leaves_what_stayed_from_before(tmp_path: Path):
+    spool(a_run(tmp_path), tmp_path)
+    code = (
+        "import sys; from pathlib import Path; from valr_ops.store.lineage import courier\n"
+        "with courier(Path(sys.argv[1])): pass\n"
+        "print('mlflow' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stderr
+    assert len(spooled(tmp_path)) == 1
 
 
 @pytest.mark.services

@@ -28,7 +28,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from matplotlib.figure import Figure
 
 from valr_ops.data.corpus import CorpusRecord, Records, record_of
 from valr_ops.data.records import Box, Rejection, shortened
@@ -489,6 +488,9 @@ class _Tally:
 
 
 def _plot(tally: _Tally, path: Path) -> None:
+    # Imported here because everything that makes a prompt imports this module, and few of them draw.
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     lengths, segments = figure.subplots(1, 2)
     lengths.hist([*tally.lengths], weights=[*tally.lengths.values()], bins=_HISTOGRAM_BINS, color="#4477aa")

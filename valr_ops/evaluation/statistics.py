@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 
 class StatisticsError(ValueError):
@@ -126,6 +126,9 @@ def exact_mcnemar(gained: int, lost: int) -> float:
     """
     if gained + lost == 0:
         return 1.0
+    # Imported here because it takes a second, and every scoring imports this module.
+    from scipy import stats
+
     return float(stats.binomtest(gained, gained + lost, 0.5).pvalue)
 
 
@@ -140,7 +143,7 @@ def smallest_detectable_difference(
     """
     if n <= 0:
         raise StatisticsError(f"no detectable difference for n={n}; it needs at least one item")
-    quantiles = _two_sided_quantile(confidence) + float(stats.norm.ppf(power))
+    quantiles = _two_sided_quantile(confidence) + float(special.ndtri(power))
     return min(1.0, quantiles * math.sqrt(max(discordant_share, 1 / n) / n))
 
 
@@ -159,4 +162,4 @@ def majority_answer(golds: Sequence[str]) -> tuple[str, float]:
 def _two_sided_quantile(confidence: float) -> float:
     if not 0.0 < confidence < 1.0:
         raise StatisticsError(f"confidence={confidence} is not between 0 and 1; use 0.95")
-    return float(stats.norm.ppf(0.5 + confidence / 2))
+    return float(special.ndtri(0.5 + confidence / 2))

@@ -16,7 +16,6 @@ from typing import Any, TypeVar, cast
 
 import torch
 from huggingface_hub import save_torch_state_dict, snapshot_download
-from matplotlib.figure import Figure
 from safetensors import SafetensorError, safe_open
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
@@ -495,6 +494,9 @@ def _prompt_table(processor: Qwen2_5_VLProcessor, record: CorpusRecord) -> str:
 
 
 def _plot_losses(losses: list[float], path: Path) -> None:
+    # Imported here because everything that runs a model imports this module, and few of them draw.
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     axes = figure.subplots()
     axes.plot(range(0, len(losses), 2), losses[0::2], label="grids: cell, row, column", color="#4477aa")

@@ -5,7 +5,7 @@ history, plots, and as tags the digests of inputs, code and recipe, the git comm
 Always: a record is first spooled to ``.valr/spool`` and leaves it only when the server has all of it, so that a server
 that is away costs nothing but time; one record makes one run however often it is delivered; a tracking problem never
 fails a stage; only fields of the allow-list ``mlflow/fields.yaml`` leave the process. The only importer of mlflow,
-which takes 1.5 s and is therefore imported only to deliver.
+which takes 1.5 s and is therefore imported only to deliver; who starts many stages opens a `courier` for all of them.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ import re
 import shutil
 import ssl
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from itertools import islice
@@ -45,6 +48,7 @@ LOCAL_PAGES = "http://127.0.0.1:5000"
 _MAX_SPOOLED_FILE_BYTES = 5_000_000
 _LOCK_SECONDS = 60.0
 _PROBE_SECONDS = 3.0
+_COURIER_POLL_SECONDS = 0.05
 _MAX_NOTE_CHARACTERS = 5000
 _METRICS_PER_CALL, _PARAMETERS_PER_CALL = 1000, 100
 _LOG = logging.getLogger(__name__)
@@ -104,13 +108,18 @@ class RunRecord:
 def record(root: Path, run: RunRecord, warn: Callable[[str], None] = _LOG.warning) -> str | None:
     """Spool `run`, deliver what is spooled, and return the address of its MLflow run; None if that has to wait.
 
+    Where another process has a `courier`, that one delivers; the process that has one does not wait for it.
     Raises nothing: what goes wrong is one line to `warn`.
     """
     try:
-        spool(run, root)
+        entry = spool(run, root)
     except (OSError, TypeError, ValueError, LineageError) as error:
         warn(f"the measurements of {run.stage} could not be kept for MLflow: {error}")
         return None
+    if _has_courier.get():
+        return None
+    if _carried(root, entry):
+        return recorded_url(root, run.stage, run.output_digest)
     delivered = dict(deliver(root, warn=warn))
     # Another process may have delivered it while this one waited for its turn.
     return delivered.get(run.id) or recorded_url(root, run.stage, run.output_digest)
@@ -171,10 +180,79 @@ def deliver(
         return []
 
 
+_has_courier: ContextVar[bool] = ContextVar("has_courier", default=False)
+
+
+@contextmanager
+def courier(root: Path) -> Iterator[None]:
+    """Inside the block a thread delivers what all processes of the project record, so that none of them imports mlflow.
+
+    It ends at the first record that it can't deliver: from then on every process delivers, and warns, for itself. What
+    is spooled when the block ends is delivered before it is left. Where another process has a courier, that one does.
+    """
+    lock = _courier_lock(root)
+    try:
+        lock.acquire(timeout=1)
+    except Timeout:
+        yield
+        return
+    ending = threading.Event()
+    # What stayed from before goes out with the first record that is new, as it does without a courier.
+    carry = threading.Thread(target=_carry, args=(root, set(_spooled(root)), lock, ending), name="courier", daemon=True)
+    carry.start()
+    token = _has_courier.set(True)
+    try:
+        yield
+    finally:
+        _has_courier.reset(token)
+        ending.set()
+        carry.join()
+
+
+def _carry(root: Path, stayed: set[Path], lock: FileLock, ending: threading.Event) -> None:
+    try:
+        while True:
+            last_look = ending.wait(_COURIER_POLL_SECONDS)
+            if not stayed.issuperset(_spooled(root)):
+                stayed.clear()
+                # Silent, because the process whose record stays tries by itself and warns.
+                if not deliver(root, warn=lambda _: None) and _spooled(root):
+                    return
+            elif last_look:
+                return
+    finally:
+        lock.release()
+
+
+def _carried(root: Path, entry: Path) -> bool:
+    """Wait while the courier of another process has a spooled record; False if there is none that takes it."""
+    lock = _courier_lock(root)
+    while entry.exists():
+        try:
+            with lock.acquire(timeout=0):
+                return False
+        except Timeout:
+            time.sleep(_COURIER_POLL_SECONDS)
+    return True
+
+
+def _courier_lock(root: Path) -> FileLock:
+    """Held by the process that has a courier as long as it delivers; the system frees it where that process dies."""
+    path = root / ".valr" / "courier.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(path, thread_local=False)
+
+
 def recorded_url(root: Path, stage: str, output_digest: str) -> str | None:
     """Address of the MLflow run that made this version of the artifact, without asking the server; None if unknown."""
+    path = _receipt(root, stage, output_digest)
+    if not path.is_file() and not _has_courier.get():
+        # A courier may be about to write it.
+        for entry in _spooled(root):
+            if not _carried(root, entry):
+                break
     try:
-        receipt = json.loads(_receipt(root, stage, output_digest).read_text(encoding="utf-8"))
+        receipt = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return run_url(root, receipt["run_id"], receipt["experiment_id"])

@@ -1,0 +1,134 @@
+"""What DVC is asked and how often, and how a folder is published."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from valr_ops.store import artifacts
+from valr_ops.store.artifacts import Ledger
+
+STAGES = ("first", "second", "third")
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A DVC project with three stages in a row, each artifact there and none recorded."""
+    from dvc.repo import Repo
+
+    Repo.init(str(tmp_path), no_scm=True).close()
+    stages: dict[str, Any] = {}
+    for name, needed in zip(STAGES, ("code.py", "artifacts/first", "artifacts/second"), strict=True):
+        stages[name] = {"cmd": f"run {name}", "deps": [needed], "outs": [f"artifacts/{name}"]}
+        write(tmp_path, name, name)
+    (tmp_path / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
+    (tmp_path / "code.py").write_text("one = 1\n")
+    # The verbs work from the project's folder.
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write(root: Path, stage: str, content: str) -> None:
+    """Make the artifact of `stage` anew, as a published folder is made: nothing is written into an old one."""
+    made = root / "artifacts" / f"new_{stage}"
+    made.mkdir(parents=True)
+    (made / "manifest.json").write_text(content)
+    artifacts.publish(made, root / "artifacts" / stage, root / "trash")
+
+
+def test_the_pipeline_is_parsed_once_for_any_number_of_stages_and_once_more_when_it_changed(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dvc.utils import strictyaml
+
+    load, parsed = strictyaml.load, []
+
+    def counted(path: str, *arguments: Any, **options: Any) -> Any:
+        parsed.append(Path(path).name)
+        return load(path, *arguments, **options)
+
+    for name in STAGES:
+        Ledger(root).commit(name)
+    monkeypatch.setattr(strictyaml, "load", counted)
+    ledger = Ledger(root)
+    assert all(state.up_to_date for state in ledger.states(STAGES).values())
+    assert ledger.states(STAGES).keys() == set(STAGES)
+    assert sorted(parsed) == ["dvc.lock", "dvc.yaml"]
+    write(root, "third", "another")
+    ledger.commit("third")
+    assert sorted(parsed) == ["dvc.lock", "dvc.yaml"]
+    assert ledger.states(STAGES)["third"].up_to_date
+    assert sorted(parsed) == ["dvc.lock", "dvc.lock", "dvc.yaml", "dvc.yaml"]
+
+
+def test_what_another_process_records_is_seen(root: Path) -> None:
+    mine, others = Ledger(root), Ledger(root)
+    assert [state.reasons for state in mine.states(STAGES).values()] == [("it was not made yet",)] * 3
+    for name in STAGES:
+        others.commit(name)
+    assert all(state.up_to_date for state in mine.states(STAGES).values())
+    write(root, "first", "another")
+    others.commit("first")
+    assert mine.states(STAGES)["first"].up_to_date
+    assert mine.states(STAGES)["second"].reasons == ("input first changed",)
+    stages = yaml.safe_load((root / "dvc.yaml").read_text())
+    stages["stages"]["third"]["cmd"] = "run it otherwise"
+    (root / "dvc.yaml").write_text(yaml.safe_dump(stages))
+    assert mine.states(["third"])["third"].reasons == ("its command in dvc.yaml changed",)
+
+
+def test_a_push_copies_the_named_artifacts_and_no_other(root: Path) -> None:
+    config = root / ".dvc" / "config"
+    config.write_text("[core]\n    no_scm = true\n    remote = there\n['remote \"there\"']\n    url = ../there\n")
+    ledger = Ledger(root)
+    for name in STAGES:
+        ledger.commit(name)
+    assert ledger.has_remote()
+    # A folder is a list of files and one file.
+    assert ledger.push(["first", "third"]) == 4
+    assert ledger.push(["first", "third"]) == 0
+    assert ledger.push(STAGES) == 2
+
+
+def test_a_publication_replaces_the_old_folder_and_flushes_every_file_and_folder_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    staged, final, trash = tmp_path / "staged", tmp_path / "final", tmp_path / "trash"
+    names = {f"shard/{number}" for number in range(30)}
+    for folder in (staged / "shard", final):
+        folder.mkdir(parents=True)
+    (final / "old").touch()
+    for name in names:
+        (staged / name).write_text(name)
+    wanted = {path.stat().st_ino for path in (staged, *staged.rglob("*"))}
+    flushed = set()
+
+    def fsync(handle: int) -> None:
+        assert staged.is_dir() and (final / "old").exists()
+        flushed.add(os.fstat(handle).st_ino)
+
+    monkeypatch.setattr("os.fsync", fsync)
+    artifacts.publish(staged, final, trash)
+    assert flushed == wanted and len(wanted) == 32
+    assert {path.relative_to(final).as_posix() for path in final.rglob("*")} == names | {"shard"}
+    assert not staged.exists() and not trash.exists()
+
+
+def test_a_file_that_cannot_be_flushed_keeps_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    staged, final = tmp_path / "staged", tmp_path / "final"
+    for folder in (staged, final):
+        folder.mkdir()
+    (staged / "new").touch()
+    (final / "old").touch()
+
+    def fsync(_: int) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("os.fsync", fsync)
+    with pytest.raises(OSError, match="no space left"):
+        artifacts.publish(staged, final, tmp_path / "trash")
+    assert (final / "old").exists() and (staged / "new").exists()
