@@ -9,6 +9,9 @@ from typing import Any
 
 import dagster as dg
 
+# Dagster raises it and does not export it.
+from dagster._core.errors import DagsterPipesExecutionError
+
 from valr_ops.__main__ import EXIT_CONFIGURATION
 
 
@@ -32,7 +35,7 @@ class StageRunner(dg.ConfigurableResource):
                 cwd=str(root),
                 env={**os.environ, "VALR_DAGSTER_RUN_ID": context.run_id},
             )
-        except dg.DagsterPipesExecutionError as error:
+        except DagsterPipesExecutionError as error:
             raise _failure(root, stage, str(error)) from None
         return run.get_results()
 

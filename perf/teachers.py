@@ -28,7 +28,7 @@ from perf.method import WIDE, make_model, make_window, over, stage2
 from perf.rows import Row, row
 from valr_ops.data.corpus import ImageStore, write_images
 from valr_ops.data.records import Image
-from valr_ops.data.sequences import Target
+from valr_ops.data.sequences import Region
 from valr_ops.recipe.recipe import TeacherRecipe
 from valr_ops.recipe.recipes import scale
 from valr_ops.teachers.encoders import Teacher
@@ -66,7 +66,7 @@ def extraction() -> Iterator[Row]:
         with tempfile.TemporaryDirectory() as folder:
             root = Path(folder)
             extractor = Extractor(teacher, drawn_images(root, count))
-            targets = arranged(map(Target, ImageStore(root)))
+            targets = arranged(map(Region, ImageStore(root)))
             began = time.monotonic()
             pixels = extractor.pixels(targets)
             decoded = count / (time.monotonic() - began)
@@ -76,7 +76,7 @@ def extraction() -> Iterator[Row]:
                     for batch in pixels.split(teacher.batch_images):
                         teacher.features(batch)
 
-            def whole(extractor: Extractor = extractor, targets: list[Target] = targets, root: Path = root) -> None:
+            def whole(extractor: Extractor = extractor, targets: list[Region] = targets, root: Path = root) -> None:
                 with tempfile.TemporaryDirectory(dir=root) as finished:
                     done = sum(extract(extractor, plan(targets, extractor.teacher), Path(finished)))
                 assert done == len(targets)
@@ -145,7 +145,8 @@ def stored_reading() -> Iterator[Row]:
     for name, visit in (("first", "first visit, opening and checksums included"), ("later", "later visits")):
         ratios = over(seconds["copy"], seconds[name])
         compared = f"{what}: {visit}, over a plain copy in memory"
-        yield row(f"stored_reading_{name}_over_copy", ratios, "ratio", 0.8, compared, "higher")
+        goal = 0.8 if name == "later" else None
+        yield row(f"stored_reading_{name}_over_copy", ratios, "ratio", goal, compared, "higher")
     for name, which in (("files", "np.load of a file a sample"), ("datasets", "`datasets` with numpy format")):
         compared = f"{what}: later visits, over {which}"
         ratios = over(seconds[name], seconds["later"])
@@ -159,7 +160,7 @@ def stored_bytes() -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         images = drawn_images(root, count)
-        targets = arranged(map(Target, images))
+        targets = arranged(map(Region, images))
         for storage in ("bfloat16", "float16", "int8"):
             # Two of ViT-L's blocks: as wide, but not as slow. Features of all of them are not rounded differently.
             recipe = _recipe("vit_large_patch16_dinov3", {"depth": 2}).model_copy(update={"storage": storage})
@@ -258,9 +259,9 @@ def _gpu_share(teachers: Sequence[Teacher]) -> Iterator[Row]:
         sources = [OnlineFeatures(Extractor(teacher, images)) for teacher in teachers]
         for segments in (1, 5):
             window = [batch.to(DEVICE) for batch in make_window(2, 16, segments, prompt=1200, step=60)]
-            targets = list(map(Target, images))[: 32 * segments]
+            targets = list(map(Region, images))[: 32 * segments]
 
-            def alone(targets: Sequence[Target] = targets) -> None:
+            def alone(targets: Sequence[Region] = targets) -> None:
                 for source in sources:
                     source.features(targets)
 
@@ -337,10 +338,10 @@ def drawn_images(folder: Path, count: int) -> ImageStore:
     return ImageStore(folder)
 
 
-def drawn_store(folder: Path, count: int) -> list[Target]:
+def drawn_store(folder: Path, count: int) -> list[Region]:
     """An artifact with features of the size of ViT-L's; returns its targets in order."""
     folder.mkdir()
-    targets = [Target(hashlib.sha256(str(number).encode()).hexdigest()) for number in range(count)]
+    targets = [Region(hashlib.sha256(str(number).encode()).hexdigest()) for number in range(count)]
     each = SHARD_BYTES // bytes_per_target(GRID, DIM, "bfloat16")
     of_shards = [targets[start : start + each] for start in range(0, count, each)]
     torch.manual_seed(0)
@@ -355,7 +356,7 @@ def drawn_store(folder: Path, count: int) -> list[Target]:
 
 
 def complete_store(
-    folder: Path, grid: tuple[int, int], dim: int, storage: str, of_shards: Sequence[Sequence[Target]]
+    folder: Path, grid: tuple[int, int], dim: int, storage: str, of_shards: Sequence[Sequence[Region]]
 ) -> list[Shard]:
     """Write what stands beside the shards; returns them."""
     shards = [Shard(folder / shard_name(number), "measure again") for number in range(len(of_shards))]

@@ -16,7 +16,7 @@ from valr_ops.stages import upstream
 from valr_ops.workspace import environment as activated
 
 ENDS = ("ablation_table", "teacher_features_qwen")
-MADE = [row.name for row in upstream(ENDS)]
+MADE = ["recipe", *(row.name for row in upstream(ENDS))]
 """All but the features of three encoders that no model here is aligned to; another of their kind is made."""
 
 ALL_IN_ONE_PROCESS = f"from valr_ops import runner\nfor name in {MADE}: runner.run(name)"
@@ -37,13 +37,13 @@ def other_ways(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     roots = {way: copy_project(tmp_path_factory.mktemp(way) / "project") for way in ("dvc", "dagster")}
 
     def dvc() -> None:
-        command(roots["dvc"], "dvc", "repro", "-q", *ENDS, timeout=400)
+        command(roots["dvc"], "dvc", "repro", "-q", "recipe", *ENDS, timeout=400)
 
     def dagster() -> None:
         root = roots["dagster"]
         valr(root, "env")
         shell = environment(root) | activated(root)
-        words = ["dagster", "asset", "materialize", "--select", " or ".join(f"+{name}" for name in ENDS)]
+        words = ["dagster", "asset", "materialize", "--select", ",".join(MADE)]
         done = subprocess.run(words, cwd=root, env=shell, capture_output=True, text=True, timeout=400)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 

@@ -330,8 +330,12 @@ def _resolved(root: Path) -> Recipe | None:
 
 def read_recipe(root: Path) -> Recipe:
     """The resolved recipe that all stages read. Raises `OSError` or `RecipeError` where it is missing or damaged."""
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    return read(yaml.load((root / RECIPE_FILE).read_text(encoding="utf-8"), Loader=loader))
+    return read(_yaml(root / RECIPE_FILE))
+
+
+def _yaml(path: Path) -> Any:
+    # The parser in C, where there is one, takes a tenth of the time.
+    return yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 
 def _recipe_of_artifact(root: Path, row: Stage) -> Recipe:
@@ -340,7 +344,7 @@ def _recipe_of_artifact(root: Path, row: Stage) -> Recipe:
 
 def _recorded(root: Path, name: str) -> str:
     lock = root / "dvc.lock"
-    stages = (yaml.safe_load(lock.read_text(encoding="utf-8")) or {}).get("stages", {}) if lock.is_file() else {}
+    stages = (_yaml(lock) or {}).get("stages", {}) if lock.is_file() else {}
     outs = stages.get(name, {}).get("outs", [])
     return str(outs[0].get("md5", "")) if outs else ""
 

@@ -14,8 +14,16 @@ from tests import tiny
 from valr_ops.data import corpus, shards
 from valr_ops.data.corpus import CorpusRecord, ImageReference, ImageStore, Records, write_images, write_records
 from valr_ops.data.records import Image, Step, Target
-from valr_ops.data.sequences import Sequence, Sequences, Visits, batch_of, order, targets_of, write_sequences
-from valr_ops.data.sequences import Target as Aim
+from valr_ops.data.sequences import (
+    Region,
+    Sequence,
+    Sequences,
+    Visits,
+    batch_of,
+    order,
+    targets_of,
+    write_sequences,
+)
 from valr_ops.data.shards import ShardError
 from valr_ops.store.objects import Cache, Files, LocalFiles
 
@@ -88,8 +96,12 @@ def test_targets_are_streamed_in_reading_order_with_their_regions(tmp_path: Path
     read = Sequences(write(tmp_path, made(4)))
     batches = list(read.batches())
     assert [target for batch in batches for _, target in targets_of(batch)] == [
-        *(Aim("a", (0, 0, 64, 16)), Aim("a", (0, 32, 64, 48)), Aim("wide", (0, 0, 100, 100))),
-        *(Aim("a", views=("a", "b")), Aim("b", views=("a", "b"))),
+        *(
+            Region("a", (0, 0, 64, 16)),
+            Region("a", (0, 32, 64, 48)),
+            Region("wide", (0, 0, 100, 100)),
+        ),
+        *(Region("a", views=("a", "b")), Region("b", views=("a", "b"))),
     ]
     ids = [name for batch in batches for name in batch["id"].to_pylist()]
     by_id = {one.id: [target for target in one.targets if target is not None] for one in read}
@@ -98,12 +110,12 @@ def test_targets_are_streamed_in_reading_order_with_their_regions(tmp_path: Path
 
 
 def test_an_image_is_a_view_only_whole_and_beside_other_images_that_are_shown() -> None:
-    assert Aim.of("a", None, ["b", "a", "a"]) == Aim("a", None, ("a", "b"))
-    assert Aim.of("a", [0, 0, 8, 8], ["a", "b"]) == Aim("a", (0, 0, 8, 8))
-    assert Aim.of("step", None, ["a", "b"]) == Aim("step")
-    assert Aim.of("a", None, ["a"]) == Aim("a")
-    together = Aim("a", None, ("a", "b"))
-    assert together.seen(joint=True) == together and together.seen(joint=False) == Aim("a")
+    assert Region.of("a", None, ["b", "a", "a"]) == Region("a", None, ("a", "b"))
+    assert Region.of("a", [0, 0, 8, 8], ["a", "b"]) == Region("a", (0, 0, 8, 8))
+    assert Region.of("step", None, ["a", "b"]) == Region("step")
+    assert Region.of("a", None, ["a"]) == Region("a")
+    together = Region("a", None, ("a", "b"))
+    assert together.seen(joint=True) == together and together.seen(joint=False) == Region("a")
 
 
 def test_some_may_be_left_out_by_id(tmp_path: Path) -> None:

@@ -9,9 +9,15 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.teachers.inputs import image, teacher_recipe
+from valr_ops.data.corpus import ImageStore, write_images
+from valr_ops.data.sequences import Region
 from valr_ops.model.qwen import save_model
 from valr_ops.recipe.recipe import QWEN_TOWER, TeacherRecipe
 from valr_ops.teachers.encoders import Teacher, load_teacher
+from valr_ops.teachers.extraction import Extractor, arranged, extract, finished_path, plan
+from valr_ops.teachers.online import OnlineFeatures
+from valr_ops.teachers.stored import Shard, Storage
 
 pytestmark = pytest.mark.gpu
 
@@ -56,3 +62,40 @@ def test_convolutions_in_reduced_precision_turn_no_feature_by_more_than_storing_
     wanted = teacher("dinov3", tmp_path, "cpu")(pictures)
     found = teacher("dinov3", tmp_path, device)(pictures).cpu()
     assert torch.cosine_similarity(found, wanted, dim=-1).min() > 0.999
+
+
+@pytest.mark.parametrize("name", ["dinov3", "pi3"])
+@pytest.mark.parametrize("storage", ["bfloat16", "int8"])
+def test_shards_and_online_features_made_on_a_gpu_are_those_of_the_cpu(
+    name: str, storage: Storage, device: str, tmp_path: Path
+) -> None:
+    images = [image(seed) for seed in range(12)]
+    write_images(tmp_path, images)
+    views = tuple(sorted(one.digest for one in images[:3]))
+    together = [Region(digest, None, views) for digest in views] if name == "pi3" else []
+    targets = arranged([*(Region(one.digest) for one in images), *together])
+    recipe = teacher_recipe(name, tmp_path / "weights", storage=storage)
+    kept = []
+    for where in ("cpu", device):
+        extractor = Extractor(load_teacher(name, recipe, 0, device=where), ImageStore(tmp_path))
+        (tmp_path / where).mkdir()
+        shards = plan(targets, extractor.teacher)
+        assert sum(extract(extractor, shards, tmp_path / where)) == len(targets)
+        shard = Shard(finished_path(tmp_path / where, shards[0]), "")
+        assert shard.facts.rows == len(targets)
+        kept.append(torch.stack([shard[row].float() for row in range(len(targets))]))
+    assert torch.cosine_similarity(kept[0], kept[1], dim=-1).min() > 0.9999
+    found = OnlineFeatures(extractor).features([*targets, targets[0]])
+    assert found[0].device.type == torch.device(device).type and torch.equal(found[0], found[-1])
+    online = torch.stack(found[:-1]).float().cpu()
+    assert torch.cosine_similarity(online, kept[0], dim=-1).min() > 0.999
+
+
+def test_a_compiled_bfloat16_encoder_gives_nearly_the_features_of_float32(device: str, tmp_path: Path) -> None:
+    recipe = teacher_recipe("dinov3", tmp_path / "weights")
+    fast = recipe.model_copy(update={"precision": "bfloat16", "compile": True})
+    exact, compiled = (load_teacher("dinov3", one, 0, device=device) for one in (recipe, fast))
+    squashed = exact.squash([tiny.image(number % 7) for number in range(300)])
+    found = compiled.features(squashed)
+    assert found.dtype == torch.bfloat16 and len(found) == 300
+    assert torch.cosine_similarity(found.float(), exact.features(squashed), dim=-1).mean() > 0.99

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from valr_ops.data.sequences import Target
+from valr_ops.data.sequences import Region
 from valr_ops.model.alignment import (
     AlignmentError,
     AlignmentOutput,
@@ -20,7 +20,7 @@ from valr_ops.model.alignment import (
 from valr_ops.recipe.recipe import AlignmentRecipe
 
 HIDDEN, SLOTS = 12, 9
-KEYS = (Target("a"), Target("a", (0, 0, 8, 8)), None, Target("b"))
+KEYS = (Region("a"), Region("a", (0, 0, 8, 8)), None, Region("b"))
 GRIDS = ((4, 4), (3, 5), None, (4, 4))
 
 
@@ -90,7 +90,7 @@ class Copy(nn.Module):
 def aligned(slots: Tensor, features: list[Tensor | None], keys: Any = None) -> AlignmentOutput:
     projectors = made({"dinov3": HIDDEN})
     projectors["dinov3"] = Copy()
-    keys = keys or [None if target is None else Target(str(index)) for index, target in enumerate(features)]
+    keys = keys or [None if target is None else Region(str(index)) for index, target in enumerate(features)]
     return alignment_loss(projectors, slots, {"dinov3": features}, keys, upsample="bilinear")
 
 
@@ -120,7 +120,7 @@ def test_half_precision_is_compared_in_float32() -> None:
     projectors = made({"dinov3": HIDDEN}).bfloat16()
     projectors["dinov3"] = Copy().bfloat16()
     target = slots[0].view(3, 3, HIDDEN)
-    output = alignment_loss(projectors, slots, {"dinov3": [target]}, [Target("a")], upsample="nearest")
+    output = alignment_loss(projectors, slots, {"dinov3": [target]}, [Region("a")], upsample="nearest")
     assert output.teachers["dinov3"].loss_sum.dtype == torch.float32
     assert output.teachers["dinov3"].loss_sum.item() == pytest.approx(-1.0, abs=1e-6)
 
@@ -193,7 +193,7 @@ def test_the_control_is_the_cosine_to_the_next_image_on_that_images_grid() -> No
 
 def test_a_control_changes_no_gradient_and_a_crop_is_no_other_image() -> None:
     slots, features = states(), targets(HIDDEN)
-    same = tuple(None if key is None else Target("a", key.box) for key in KEYS)
+    same = tuple(None if key is None else Region("a", key.box) for key in KEYS)
     alone, compared = aligned(slots, features, same), aligned(slots, features, KEYS)
     assert alone.teachers["dinov3"].control_segments == 0 < compared.teachers["dinov3"].control_segments
     gradients = [torch.autograd.grad(output.loss({"dinov3": 3}), slots)[0] for output in (alone, compared)]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tests.teachers.inputs import BOXES, boxes_corpus, computed, contents, corpus, damaged, image, teacher_recipe
 from valr_ops.data.corpus import ImageStore
-from valr_ops.data.sequences import Target
+from valr_ops.data.sequences import Region
 from valr_ops.teachers import extraction
 from valr_ops.teachers.encoders import Teacher, load_teacher
 from valr_ops.teachers.extraction import Extractor, ShardPlan, arranged, complete, extract, finished_path, plan
@@ -45,23 +45,27 @@ def boxes(tmp_path_factory: pytest.TempPathFactory) -> ImageStore:
 
 
 @pytest.fixture
-def single(dinov3: Teacher, boxes: ImageStore) -> Iterator[tuple[Extractor, list[Target]]]:
+def single(dinov3: Teacher, boxes: ImageStore) -> Iterator[tuple[Extractor, list[Region]]]:
     """48 targets, four an image, in batches of at most five."""
     with batches_of(dinov3, 5):
         yield (
             Extractor(dinov3, boxes, threads=2),
-            arranged(Target(digest, box) for digest in boxes for box in BOXES),
+            arranged(Region(digest, box) for digest in boxes for box in BOXES),
         )
 
 
 @pytest.fixture
-def scenes(tmp_path: Path, pi3: Teacher) -> Iterator[tuple[Extractor, list[Target]]]:
+def scenes(tmp_path: Path, pi3: Teacher) -> Iterator[tuple[Extractor, list[Region]]]:
     """Two scenes of three views, one of two, of which one view is no target, and one target that was cut out."""
     drawn = [image(seed, 56 + 8 * (seed % 2), 56) for seed in range(8)]
     digests = [one.digest for one in drawn]
     three, other, two = (tuple(sorted(digests[start:end])) for start, end in ((0, 3), (3, 6), (6, 8)))
-    targets = [Target(view, None, views) for views in (three, other) for view in views]
-    targets += [Target(two[1], None, two), Target(two[0], (8, 0, 40, 40)), Target(digests[0], (0, 0, 16, 16))]
+    targets = [Region(view, None, views) for views in (three, other) for view in views]
+    targets += [
+        Region(two[1], None, two),
+        Region(two[0], (8, 0, 40, 40)),
+        Region(digests[0], (0, 0, 16, 16)),
+    ]
     with batches_of(pi3, 7):
         yield (
             Extractor(pi3, ImageStore(corpus(tmp_path / "scenes", drawn, [])["cot_corpus"]), threads=2),
@@ -97,7 +101,7 @@ def loaded(name: str, folder: Path) -> Teacher:
     return load_teacher(name, teacher_recipe(name, folder), seed=0)
 
 
-def loads(extractor: Extractor, target: Target) -> Any:
+def loads(extractor: Extractor, target: Region) -> Any:
     return extractor._images.load(target.digest, target.box)
 
 
@@ -105,7 +109,7 @@ def loads(extractor: Extractor, target: Target) -> Any:
 
 
 def test_each_target_gets_the_features_of_its_own_crop_in_the_order_given(
-    single: tuple[Extractor, list[Target]], dinov3: Teacher
+    single: tuple[Extractor, list[Region]], dinov3: Teacher
 ) -> None:
     extractor, targets = single
     backwards = targets[::-1]
@@ -121,14 +125,23 @@ def test_each_target_gets_the_features_of_its_own_crop_in_the_order_given(
 
 def test_targets_are_arranged_by_number_of_views_then_scene_then_image_and_box() -> None:
     wanted = [
-        *(Target("a"), Target("a", (0, 0, 1, 1)), Target("a", (0, 0, 2, 1)), Target("b")),
-        *(Target("c", None, ("b", "c")), Target("a", None, ("a", "b", "c")), Target("c", None, ("a", "b", "c"))),
+        *(
+            Region("a"),
+            Region("a", (0, 0, 1, 1)),
+            Region("a", (0, 0, 2, 1)),
+            Region("b"),
+        ),
+        *(
+            Region("c", None, ("b", "c")),
+            Region("a", None, ("a", "b", "c")),
+            Region("c", None, ("a", "b", "c")),
+        ),
     ]
     assert arranged(wanted[::-1]) == wanted == arranged(wanted[3:] + wanted[:3])
 
 
 def test_each_image_is_decoded_once_for_all_its_boxes(
-    single: tuple[Extractor, list[Target]], monkeypatch: pytest.MonkeyPatch, dinov3: Teacher
+    single: tuple[Extractor, list[Region]], monkeypatch: pytest.MonkeyPatch, dinov3: Teacher
 ) -> None:
     extractor, targets = single
     decoded = Counted(extraction.decode)
@@ -141,7 +154,7 @@ def test_each_image_is_decoded_once_for_all_its_boxes(
 
 
 def test_views_are_seen_together_and_what_was_cut_out_is_seen_alone(
-    scenes: tuple[Extractor, list[Target]], pi3: Teacher
+    scenes: tuple[Extractor, list[Region]], pi3: Teacher
 ) -> None:
     extractor, targets = scenes
     (cut_out, of_two, of_three) = list(extractor.batches([targets]))
@@ -149,7 +162,7 @@ def test_views_are_seen_together_and_what_was_cut_out_is_seen_alone(
     torch.testing.assert_close(cut_out.values, pi3([loads(extractor, one) for one in cut_out.targets]))
     for batch in (of_two, of_three):
         for target, values in zip(batch.targets, batch.values, strict=True):
-            views = pi3.squash([loads(extractor, Target(view)) for view in sorted(target.views)])
+            views = pi3.squash([loads(extractor, Region(view)) for view in sorted(target.views)])
             together = pi3.joint(views[None])[0, target.views.index(target.digest)]
             torch.testing.assert_close(values, together)
             alone = pi3([loads(extractor, target)])[0]
@@ -157,17 +170,17 @@ def test_views_are_seen_together_and_what_was_cut_out_is_seen_alone(
 
 
 def test_the_features_of_a_scene_do_not_depend_on_the_order_of_its_images(
-    scenes: tuple[Extractor, list[Target]],
+    scenes: tuple[Extractor, list[Region]],
 ) -> None:
     shown = scenes[1][-1].views
-    assert Target.of(shown[1], None, shown) == Target.of(shown[1], None, [shown[2], shown[1], shown[0]])
+    assert Region.of(shown[1], None, shown) == Region.of(shown[1], None, [shown[2], shown[1], shown[0]])
 
 
 @pytest.mark.parametrize(
     ("images", "expected"), [(5, [2, 1, 3, 3]), (6, [2, 1, 6]), (2, [2, 1, 3, 3]), (1, [1, 1, 1, 3, 3])]
 )
 def test_a_batch_holds_whole_scenes_of_one_size_and_no_more_images_than_the_teacher_takes(
-    scenes: tuple[Extractor, list[Target]],
+    scenes: tuple[Extractor, list[Region]],
     pi3: Teacher,
     monkeypatch: pytest.MonkeyPatch,
     images: int,
@@ -189,7 +202,7 @@ def test_a_batch_holds_whole_scenes_of_one_size_and_no_more_images_than_the_teac
 
 
 def test_only_a_few_batches_are_decoded_ahead(
-    single: tuple[Extractor, list[Target]], monkeypatch: pytest.MonkeyPatch
+    single: tuple[Extractor, list[Region]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     extractor, targets = single
     squashed = Counted(extraction.squash)
@@ -200,7 +213,7 @@ def test_only_a_few_batches_are_decoded_ahead(
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("decoding")]
 
 
-def test_a_box_outside_of_its_image_stops_the_run(single: tuple[Extractor, list[Target]]) -> None:
+def test_a_box_outside_of_its_image_stops_the_run(single: tuple[Extractor, list[Region]]) -> None:
     extractor, targets = single
     wrong = targets[0]._replace(box=(0, 0, 65, 16))
     with pytest.raises(
@@ -210,7 +223,7 @@ def test_a_box_outside_of_its_image_stops_the_run(single: tuple[Extractor, list[
 
 
 def test_running_out_of_memory_is_not_blamed_on_the_image(
-    single: tuple[Extractor, list[Target]], monkeypatch: pytest.MonkeyPatch
+    single: tuple[Extractor, list[Region]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def starved(data: bytes) -> Any:
         raise MemoryError
@@ -226,7 +239,7 @@ def test_running_out_of_memory_is_not_blamed_on_the_image(
 def test_an_image_that_cannot_be_decoded_costs_its_own_targets_alone(tmp_path: Path, dinov3: Teacher) -> None:
     drawn = [image(0), damaged(1), image(2)]
     images = ImageStore(corpus(tmp_path, drawn, [])["cot_corpus"])
-    targets = [Target(one.digest, box) for one in drawn for box in BOXES]
+    targets = [Region(one.digest, box) for one in drawn for box in BOXES]
     (batch,) = list(Extractor(dinov3, images).batches([targets]))
     assert [reason is not None for reason in batch.rejected] == [False] * 4 + [True] * 4 + [False] * 4
     assert "truncated" in str(batch.rejected[5])
@@ -239,7 +252,7 @@ def test_a_view_that_cannot_be_decoded_costs_all_targets_of_its_scene(tmp_path: 
     drawn = [image(0), damaged(1), image(2), image(3)]
     good, bad = tuple(sorted(one.digest for one in drawn[2:])), tuple(sorted(one.digest for one in drawn[:2]))
     images = ImageStore(corpus(tmp_path, drawn, [])["cot_corpus"])
-    targets = arranged([Target(view, None, views) for views in (good, bad) for view in views])
+    targets = arranged([Region(view, None, views) for views in (good, bad) for view in views])
     (batch,) = list(Extractor(pi3, images).batches([targets]))
     of_bad = [target.views == bad for target in batch.targets]
     assert [reason is not None for reason in batch.rejected] == of_bad and sum(of_bad) == 2
@@ -251,7 +264,7 @@ def test_a_view_that_cannot_be_decoded_costs_all_targets_of_its_scene(tmp_path: 
 def test_a_shard_with_a_damaged_image_is_completed(tmp_path: Path, dinov3: Teacher) -> None:
     drawn = [image(0), damaged(1), image(2)]
     images = ImageStore(corpus(tmp_path, drawn, [])["cot_corpus"])
-    targets = arranged(Target(one.digest, box) for one in drawn for box in BOXES)
+    targets = arranged(Region(one.digest, box) for one in drawn for box in BOXES)
     shards = plan(targets, dinov3)
     assert sum(extract(Extractor(dinov3, images), shards, tmp_path)) == 12
     states = Shard(finished_path(tmp_path, shards[0]), "").states.tolist()
@@ -267,7 +280,7 @@ def cut(monkeypatch: pytest.MonkeyPatch, targets: int) -> None:
 
 
 def test_shards_are_of_nearly_equal_size_and_hold_all_targets_in_order(
-    single: tuple[Extractor, list[Target]], dinov3: Teacher, monkeypatch: pytest.MonkeyPatch
+    single: tuple[Extractor, list[Region]], dinov3: Teacher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cut(monkeypatch, 14)
     shards = plan(single[1], dinov3)
@@ -280,7 +293,7 @@ def test_shards_are_of_nearly_equal_size_and_hold_all_targets_in_order(
 
 
 def test_a_shard_ends_where_a_scene_does(
-    scenes: tuple[Extractor, list[Target]], pi3: Teacher, monkeypatch: pytest.MonkeyPatch
+    scenes: tuple[Extractor, list[Region]], pi3: Teacher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for targets, expected in ((5, [3, 6]), (1, [1, 1, 1, 3, 3]), (4, [3, 3, 3])):
         monkeypatch.setattr(extraction, "SHARD_BYTES", targets * 1024)
@@ -288,7 +301,7 @@ def test_a_shard_ends_where_a_scene_does(
 
 
 def test_a_compiled_teacher_gets_shards_of_whole_batches(
-    single: tuple[Extractor, list[Target]], dinov3: Teacher, monkeypatch: pytest.MonkeyPatch
+    single: tuple[Extractor, list[Region]], dinov3: Teacher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dinov3, "recipe", dinov3.recipe.model_copy(update={"compile": True}))
     for targets, expected in ((4, [5] * 9 + [3]), (11, [10] * 4 + [8]), (48, [48])):
@@ -297,7 +310,7 @@ def test_a_compiled_teacher_gets_shards_of_whole_batches(
 
 
 @pytest.fixture
-def shards(single: tuple[Extractor, list[Target]], dinov3: Teacher, monkeypatch: pytest.MonkeyPatch) -> list[ShardPlan]:
+def shards(single: tuple[Extractor, list[Region]], dinov3: Teacher, monkeypatch: pytest.MonkeyPatch) -> list[ShardPlan]:
     """Four of twelve targets, each of three batches."""
     cut(monkeypatch, 12)
     return plan(single[1], dinov3)
@@ -305,7 +318,7 @@ def shards(single: tuple[Extractor, list[Target]], dinov3: Teacher, monkeypatch:
 
 @pytest.fixture
 def whole(
-    single: tuple[Extractor, list[Target]], shards: list[ShardPlan], tmp_path_factory: pytest.TempPathFactory
+    single: tuple[Extractor, list[Region]], shards: list[ShardPlan], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, bytes]:
     """The files of a run that nothing disturbs."""
     folder = tmp_path_factory.mktemp("whole")
@@ -332,7 +345,7 @@ def locked(folder: Path) -> list[str]:
 
 
 def test_nothing_is_computed_twice_and_finished_shards_are_left_alone(
-    single: tuple[Extractor, list[Target]],
+    single: tuple[Extractor, list[Region]],
     shards: list[ShardPlan],
     whole: dict[str, bytes],
     tmp_path: Path,
@@ -350,7 +363,7 @@ def test_nothing_is_computed_twice_and_finished_shards_are_left_alone(
 
 
 def test_a_shard_that_a_power_cut_left_half_written_is_made_again(
-    single: tuple[Extractor, list[Target]], shards: list[ShardPlan], whole: dict[str, bytes], tmp_path: Path
+    single: tuple[Extractor, list[Region]], shards: list[ShardPlan], whole: dict[str, bytes], tmp_path: Path
 ) -> None:
     list(complete(single[0], shards, tmp_path))
     half = finished_path(tmp_path, shards[1])
@@ -361,7 +374,7 @@ def test_a_shard_that_a_power_cut_left_half_written_is_made_again(
 
 @pytest.mark.parametrize("batches", [1, 3, 4, 6, 8, 11, 12])
 def test_an_interrupted_run_loses_no_more_than_a_shard_and_leaves_only_whole_ones(
-    single: tuple[Extractor, list[Target]],
+    single: tuple[Extractor, list[Region]],
     shards: list[ShardPlan],
     whole: dict[str, bytes],
     tmp_path: Path,
@@ -377,7 +390,7 @@ def test_an_interrupted_run_loses_no_more_than_a_shard_and_leaves_only_whole_one
 
 
 def test_a_killed_process_loses_no_more_than_a_shard_and_what_it_left_vanishes(
-    single: tuple[Extractor, list[Target]], shards: list[ShardPlan], whole: dict[str, bytes], tmp_path: Path
+    single: tuple[Extractor, list[Region]], shards: list[ShardPlan], whole: dict[str, bytes], tmp_path: Path
 ) -> None:
     def die_after(batches: int) -> None:
         for count, _ in enumerate(extract(single[0], shards, tmp_path), start=1):
@@ -417,7 +430,7 @@ def in_two_processes(work: Callable[[Callable[[], None]], int]) -> list[int]:
 
 
 def test_two_processes_on_one_folder_share_the_work_and_do_nothing_twice(
-    single: tuple[Extractor, list[Target]], dinov3: Teacher, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    single: tuple[Extractor, list[Region]], dinov3: Teacher, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     cut(monkeypatch, 4)
     shards = plan(single[1], dinov3)
@@ -444,7 +457,7 @@ def _met(steps: Iterator[int], meet: Callable[[], None]) -> Iterator[int]:
 
 
 def test_what_a_dead_process_had_claimed_is_made_by_the_one_that_waits_for_it(
-    single: tuple[Extractor, list[Target]], shards: list[ShardPlan], whole: dict[str, bytes], tmp_path: Path
+    single: tuple[Extractor, list[Region]], shards: list[ShardPlan], whole: dict[str, bytes], tmp_path: Path
 ) -> None:
     going = FORK.Event()
 
@@ -466,7 +479,7 @@ def test_what_a_dead_process_had_claimed_is_made_by_the_one_that_waits_for_it(
 
 
 def test_a_shard_that_somebody_makes_is_passed_over_by_a_part(
-    single: tuple[Extractor, list[Target]], shards: list[ShardPlan], tmp_path: Path
+    single: tuple[Extractor, list[Region]], shards: list[ShardPlan], tmp_path: Path
 ) -> None:
     theirs = extract(single[0], shards[:1], tmp_path)
     next(theirs)
@@ -489,7 +502,7 @@ class NearlyFull(io.FileIO):
 
 
 def test_a_full_disk_stops_the_run_with_what_is_finished_and_no_lock(
-    single: tuple[Extractor, list[Target]],
+    single: tuple[Extractor, list[Region]],
     shards: list[ShardPlan],
     whole: dict[str, bytes],
     tmp_path: Path,
@@ -515,7 +528,10 @@ def test_a_full_disk_stops_the_run_with_what_is_finished_and_no_lock(
 
 
 def test_writing_is_behind_computing_by_a_few_batches_at_most(
-    single: tuple[Extractor, list[Target]], shards: list[ShardPlan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    single: tuple[Extractor, list[Region]],
+    shards: list[ShardPlan],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     written, done = [0], [0]
     write = extraction.ShardWriter.write

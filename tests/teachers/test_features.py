@@ -35,7 +35,7 @@ from tests.teachers.inputs import (
 from valr_ops import runner
 from valr_ops.__main__ import main
 from valr_ops.data.corpus import ImageStore
-from valr_ops.data.sequences import Target
+from valr_ops.data.sequences import Region
 from valr_ops.model.qwen import save_model
 from valr_ops.recipe.recipe import Recipe, TeacherRecipe, override
 from valr_ops.stages import stage
@@ -121,7 +121,7 @@ class Listening(Progress):
             yield item
 
 
-def wanted(inputs: dict[str, Path]) -> list[Target]:
+def wanted(inputs: dict[str, Path]) -> list[Region]:
     return read_wanted(inputs["latent_corpus"], joint=False).targets
 
 
@@ -232,10 +232,10 @@ def test_joint_features_are_those_of_scenes(tmp_path: Path) -> None:
     store, teacher = FeatureStore(tmp_path / "out"), load_teacher("pi3", pi3, seed=0)
     views = tuple(sorted(digests))
     scene = teacher.joint(teacher.squash([ImageStore(inputs["cot_corpus"]).load(view) for view in views])[None])[0]
-    together = torch.stack(store.features([Target(view, None, views) for view in views]))
+    together = torch.stack(store.features([Region(view, None, views) for view in views]))
     torch.testing.assert_close(together.float(), scene, rtol=1e-2, atol=1e-2)
     alone = teacher([ImageStore(inputs["cot_corpus"]).load(digests[0])])[0]
-    torch.testing.assert_close(store.get(Target(digests[0])).float(), alone, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(store.get(Region(digests[0])).float(), alone, rtol=1e-2, atol=1e-2)
     assert (report.summary["targets"], report.summary["joint_targets"], report.summary["images"]) == (4, 3, 3)
 
 
@@ -325,8 +325,8 @@ def test_an_image_that_cannot_be_decoded_is_named_with_its_records_and_the_rest_
     report = build_teacher_features(context)
     store = FeatureStore(tmp_path / "out")
     assert report.checks[0].passed and report.summary["targets"] == 4 and report.summary["rejected"] == 2
-    assert set(store) == {Target(good), Target(other)}
-    assert store.rejected == [Target(bad), Target(bad, (0, 0, 8, 8))]
+    assert set(store) == {Region(good), Region(other)}
+    assert store.rejected == [Region(bad), Region(bad, (0, 0, 8, 8))]
     lines = [json.loads(line) for line in (tmp_path / "out/rejects.jsonl").read_text().splitlines()]
     assert [(line["id"], line["source"], line["reason"]) for line in lines] == [
         ("scenes/1", "scenes", "image_unreadable"),
@@ -338,7 +338,7 @@ def test_an_image_that_cannot_be_decoded_is_named_with_its_records_and_the_rest_
     folders = {"teacher_features_dinov3": tmp_path / "out", "teacher_features_pi3": tmp_path}
     assert rejected_records(folders, ["dinov3", "pi3"]) == {"scenes/1", "scenes/3"}
     with pytest.raises(FeatureError, match=rf"no features of {bad[:12]}"):
-        store.get(Target(bad))
+        store.get(Region(bad))
 
 
 def test_a_view_that_cannot_be_decoded_costs_the_records_of_its_scene(tmp_path: Path) -> None:
@@ -348,7 +348,7 @@ def test_a_view_that_cannot_be_decoded_costs_the_records_of_its_scene(tmp_path: 
     pi3 = recipe_with("pi3", teacher_recipe("pi3", tmp_path / "pi3"))
     build_teacher_features(stage_context(corpus(tmp_path / "in", drawn, rows), tmp_path, pi3, teacher="pi3"))
     assert rejected_records({"teacher_features_pi3": tmp_path / "out"}, ["pi3"]) == {"scenes/0"}
-    assert FeatureStore(tmp_path / "out").rejected == [Target(good, None, tuple(sorted((good, bad))))]
+    assert FeatureStore(tmp_path / "out").rejected == [Region(good, None, tuple(sorted((good, bad))))]
 
 
 def test_a_corpus_of_images_that_cannot_be_decoded_is_refused(recipe: Recipe, tmp_path: Path) -> None:

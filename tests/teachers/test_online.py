@@ -23,7 +23,7 @@ from tests.teachers.inputs import (
 from tests.training.inputs import Listening, context, write_inputs
 from valr_ops.data.batching import Collator
 from valr_ops.data.corpus import CorpusError, ImageStore
-from valr_ops.data.sequences import Sequences, Target
+from valr_ops.data.sequences import Region, Sequences
 from valr_ops.recipe.recipe import Recipe
 from valr_ops.teachers.encoders import Teacher, load_teacher
 from valr_ops.teachers.extraction import Extractor
@@ -44,7 +44,7 @@ def test_they_come_in_the_order_asked_for_and_each_is_computed_once(
     tmp_path: Path, dinov3: Teacher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = ImageStore(boxes_corpus(tmp_path, images=3)["cot_corpus"])
-    targets = [Target(digest, box) for box in BOXES for digest in images]
+    targets = [Region(digest, box) for box in BOXES for digest in images]
     asked = [*targets, *targets[::-1], targets[0]]
     counts, source = computed(monkeypatch), OnlineFeatures(Extractor(dinov3, images))
     given = source.features(asked)
@@ -67,8 +67,8 @@ def test_they_are_the_stored_ones_before_rounding_of_joint_views_too(tmp_path: P
     online, stored = torch.stack(source.features(targets)), torch.stack(store.features(targets))
     # A batch of another size may be summed in another order.
     torch.testing.assert_close(online, stored.float(), rtol=2**-8, atol=1e-4)
-    together, alone = (source.features([Target(digests[0], None, views)])[0] for views in (targets[1].views, ()))
-    assert torch.equal(alone, source.features([Target(digests[0])])[0]) and not torch.equal(together, alone)
+    together, alone = (source.features([Region(digests[0], None, views)])[0] for views in (targets[1].views, ()))
+    assert torch.equal(alone, source.features([Region(digests[0])])[0]) and not torch.equal(together, alone)
 
 
 def test_views_are_seen_one_by_one_where_the_recipe_says_so(
@@ -77,7 +77,7 @@ def test_views_are_seen_one_by_one_where_the_recipe_says_so(
     images = ImageStore(boxes_corpus(tmp_path, images=2)["cot_corpus"])
     views = tuple(images)
     counts, source = computed(monkeypatch), OnlineFeatures(Extractor(dinov3, images))
-    of_scene, alone = source.features([Target(views[0], None, views), Target(views[0])])
+    of_scene, alone = source.features([Region(views[0], None, views), Region(views[0])])
     assert counts == [1] and torch.equal(of_scene, alone)
 
 
@@ -89,10 +89,10 @@ def test_a_damaged_image_is_named(tmp_path: Path, dinov3: Teacher) -> None:
         rf"the image of {bad.digest[:12]}\[0, 0, 8, 8\] can't be decoded \(OSError: .*; build the stage cot_corpus"
     )
     with pytest.raises(FeatureError, match=message):
-        source.features([Target(image(0).digest), Target(bad.digest, (0, 0, 8, 8))])
+        source.features([Region(image(0).digest), Region(bad.digest, (0, 0, 8, 8))])
     with pytest.raises(CorpusError, match=f"has no image {'0' * 64}"):
-        source.features([Target("0" * 64)])
-    assert len(source.features([Target(image(0).digest)])) == 1, "and nothing is blocked afterwards"
+        source.features([Region("0" * 64)])
+    assert len(source.features([Region(image(0).digest)])) == 1, "and nothing is blocked afterwards"
 
 
 # ------------------------------------------------------------------------------------------------------------ training

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from valr_ops.data.sequences import Target
+from valr_ops.data.sequences import Region
 from valr_ops.teachers import stored
 from valr_ops.teachers.stored import (
     CONSTANT,
@@ -58,14 +58,22 @@ def write(
     return Shard(path, "make it again")
 
 
-def store(folder: Path, storage: Storage = "bfloat16", views: str = "single") -> tuple[FeatureStore, list[Target]]:
+def store(folder: Path, storage: Storage = "bfloat16", views: str = "single") -> tuple[FeatureStore, list[Region]]:
     """Two shards of three targets each."""
-    targets = [Target(f"{number:064x}", (0, 0, number, 4) if number % 2 else None) for number in range(6)]
+    targets = [Region(f"{number:064x}", (0, 0, number, 4) if number % 2 else None) for number in range(6)]
     shards = [write(folder / shard_name(number), drawn(3, number), storage) for number in range(2)]
     write_targets(folder, [(targets[3 * number : 3 * number + 3], one.states) for number, one in enumerate(shards)])
     head = {
-        "teacher": "mine", "mode": "stored", "model": "vit", "license": "none", "fingerprint": "f",
-        "weights_sample": None, "views": views, "grid": GRID, "dim": DIM, "storage": storage,
+        "teacher": "mine",
+        "mode": "stored",
+        "model": "vit",
+        "license": "none",
+        "fingerprint": "f",
+        "weights_sample": None,
+        "views": views,
+        "grid": GRID,
+        "dim": DIM,
+        "storage": storage,
         "shards": [{"file": one.path.name} for one in shards],
     }
     write_index(folder, head)
@@ -358,14 +366,14 @@ def test_a_view_is_another_target_only_where_views_are_seen_together(tmp_path: P
 def test_a_key_that_ends_in_zeros_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     padded = {3: b"\0" * 16, 4: b"\0" * 15 + b"\1", 5: b"\1" + b"\0" * 15}
 
-    def key(target: Target) -> bytes:
+    def key(target: Region) -> bytes:
         return padded.get(int(target.digest, 16), key_of(target))
 
     monkeypatch.setattr(stored, "key_of", key)
     opened, targets = store(tmp_path)
     for number, target in enumerate(targets):
         assert torch.equal(opened.get(target), drawn(3, number // 3)[number % 3].bfloat16())
-    assert Target(f"{7:064x}") not in opened
+    assert Region(f"{7:064x}") not in opened
 
 
 def test_rejected_targets_are_listed_and_have_no_features(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from tests import tiny
 from valr_ops.data.corpus import write_images
 from valr_ops.data.records import Image
-from valr_ops.data.sequences import Sequence, Sequences, Target, batch_of, write_sequences
+from valr_ops.data.sequences import Region, Sequence, Sequences, batch_of, write_sequences
 from valr_ops.model.qwen import save_model
 from valr_ops.recipe.recipe import Recipe
 from valr_ops.store.artifacts import StageContext
@@ -62,10 +62,10 @@ def _write_features(folder: Path, teacher: str, seed: int) -> None:
     targets = [(one.digest, one.box) for sequence in sequences() for one in sequence.segments if one.digest is not None]
     distinct = sorted(set(targets), key=str)
     of_image = {digest: torch.randn(*GRID, DIMENSION, generator=generator) for digest, _ in distinct}
-    store_features(folder, teacher, {Target(tiny.digest(name), box): of_image[name] for name, box in distinct})
+    store_features(folder, teacher, {Region(tiny.digest(name), box): of_image[name] for name, box in distinct})
 
 
-def store_features(folder: Path, teacher: str, features: dict[Target, torch.Tensor]) -> None:
+def store_features(folder: Path, teacher: str, features: dict[Region, torch.Tensor]) -> None:
     """Write a `teacher_features_<teacher>` with these features ``[rows, columns, dim]``."""
     values = torch.stack(list(features.values()))
     rows, columns, dim = values.shape[1:]

@@ -19,7 +19,7 @@ from torch import Tensor
 from valr_ops.data.corpus import CorpusError
 from valr_ops.data.records import Box
 from valr_ops.data.rewriting import ControlTokens
-from valr_ops.data.sequences import Sequence, Target
+from valr_ops.data.sequences import Region, Sequence
 from valr_ops.data.shards import ShardError
 from valr_ops.recipe.recipe import LatentRecipe
 from valr_ops.torchvision_guard import ensure_torchvision
@@ -69,7 +69,7 @@ class Batch:
     """[S] int64; row of each segment."""
     segment_starts: Tensor
     """[S] int64; column of each segment's first slot."""
-    targets: list[Target | None]
+    targets: list[Region | None]
     """Length S; what each segment looks at, or None."""
     record_ids: list[str]
     """Length B."""

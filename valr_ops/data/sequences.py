@@ -77,8 +77,8 @@ _OUTLINES_A_BLOCK = 65536
 _MEND = "make the sequences with `valr run latent_corpus`, or bring them back with `dvc checkout latent_corpus`"
 
 
-class Target(NamedTuple):
-    """What a segment looks at."""
+class Region(NamedTuple):
+    """What a segment looks at: its target, by digest instead of by place in the record."""
 
     digest: str
     """Of an image."""
@@ -88,7 +88,7 @@ class Target(NamedTuple):
     """Digests, sorted, of all images of the question, if this is one of several; empty where it stands alone."""
 
     @classmethod
-    def of(cls, digest: str, box: Listed[int] | None, images: Iterable[str]) -> Target:
+    def of(cls, digest: str, box: Listed[int] | None, images: Iterable[str]) -> Region:
         """The target of a segment whose record shows `images`.
 
         A region of an image is no view of the scene, and neither is an image that was taken out of the input.
@@ -97,9 +97,9 @@ class Target(NamedTuple):
         together = box is None and digest in shown and len(shown) > 1
         return cls(digest, _box(box), tuple(sorted(shown)) if together else ())
 
-    def seen(self, *, joint: bool) -> Target:
+    def seen(self, *, joint: bool) -> Region:
         """This target as an encoder sees it: together with the other views, or each image for itself."""
-        return self if joint or not self.views else Target(self.digest, self.box)
+        return self if joint or not self.views else Region(self.digest, self.box)
 
 
 @dataclass(frozen=True)
@@ -138,10 +138,10 @@ class Sequence:
     answer: str
 
     @property
-    def targets(self) -> list[Target | None]:
+    def targets(self) -> list[Region | None]:
         """What each segment looks at, None for one without a target."""
         return [
-            None if segment.digest is None else Target.of(segment.digest, segment.box, self.image_digests)
+            None if segment.digest is None else Region.of(segment.digest, segment.box, self.image_digests)
             for segment in self.segments
         ]
 
@@ -179,7 +179,7 @@ def sequence_of(row: pa.RecordBatch) -> Sequence:
     )
 
 
-def targets_of(batch: pa.RecordBatch) -> Iterator[tuple[int, Target]]:
+def targets_of(batch: pa.RecordBatch) -> Iterator[tuple[int, Region]]:
     """What the segments of a batch look at, in reading order, each with its row; those without a target left out."""
     segments = batch["segments"].flatten()
     rows = pc.list_parent_indices(batch["segments"]).to_pylist()
@@ -187,7 +187,7 @@ def targets_of(batch: pa.RecordBatch) -> Iterator[tuple[int, Target]]:
     images = batch["image_digests"].to_pylist()
     for row, digest, box in zip(rows, digests, boxes, strict=True):
         if digest is not None:
-            yield row, Target.of(digest, box, images[row])
+            yield row, Region.of(digest, box, images[row])
 
 
 def _box(values: Listed[int] | None) -> Box | None:

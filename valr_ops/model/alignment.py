@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from valr_ops.data.sequences import Target
+from valr_ops.data.sequences import Region
 from valr_ops.recipe.recipe import AlignmentRecipe
 
 
@@ -93,7 +93,7 @@ def alignment_loss(
     projectors: Projectors,
     states: Tensor | None,
     targets: Mapping[str, Sequence[Tensor | None]],
-    keys: Sequence[Target | None],
+    keys: Sequence[Region | None],
     *,
     upsample: str,
 ) -> AlignmentOutput:
@@ -131,7 +131,7 @@ def _one_teacher(
     projector: nn.Module,
     states: Tensor | None,
     targets: Sequence[Tensor | None],
-    keys: Sequence[Target | None],
+    keys: Sequence[Region | None],
     upsample: str,
 ) -> TeacherAlignment:
     groups = _by_grid(targets)
@@ -179,7 +179,7 @@ def _by_grid(targets: Sequence[Tensor | None]) -> dict[tuple[int, int, int], lis
     return groups
 
 
-def _another_image(keys: Sequence[Target | None]) -> dict[int, int]:
+def _another_image(keys: Sequence[Region | None]) -> dict[int, int]:
     """For every segment with a key the first segment of the next image; empty where there is only one image."""
     first: dict[str, int] = {}
     for index, key in enumerate(keys):

@@ -31,7 +31,7 @@ from torch import Tensor
 from valr_ops.data.corpus import ImageStore
 from valr_ops.data.images import decode
 from valr_ops.data.records import Box
-from valr_ops.data.sequences import Target
+from valr_ops.data.sequences import Region
 from valr_ops.teachers.encoders import Teacher, squash
 from valr_ops.teachers.stored import SHARD_BYTES, FeatureError, ShardWriter, bytes_per_target, is_whole
 
@@ -45,7 +45,7 @@ _Decoding = tuple[Future[_Regions], str, Sequence[Box | None]]
 """Of an image, its digest and the regions to cut out."""
 
 
-def arranged(targets: Iterable[Target]) -> list[Target]:
+def arranged(targets: Iterable[Region]) -> list[Region]:
     """`targets` in the order in which they are computed: scenes of like size together, then by image and box."""
     return sorted(targets, key=lambda one: (len(one.views), one.views, one.digest, one.box or ()))
 
@@ -54,7 +54,7 @@ def arranged(targets: Iterable[Target]) -> list[Target]:
 class Features:
     """The patch features of a batch of targets."""
 
-    targets: tuple[Target, ...]
+    targets: tuple[Region, ...]
     values: Tensor
     """``[n, rows, columns, dim]`` on the teacher's device; zero where `rejected`."""
     rejected: tuple[str | None, ...]
@@ -77,13 +77,13 @@ class Extractor:
         encoding = torch.get_num_threads() if teacher.device.type == "cpu" else 0
         self._decoders = max(1, (threads or len(os.sched_getaffinity(0))) - encoding)
 
-    def batches(self, groups: Iterable[Sequence[Target]]) -> Generator[Features]:
+    def batches(self, groups: Iterable[Sequence[Region]]) -> Generator[Features]:
         """The features of the targets of each group, in order; a batch is of one group.
 
         Raises:
             FeatureError: a box lies outside of its image. CorpusError, ShardError: an image is missing or damaged.
         """
-        coming: deque[tuple[tuple[Target, ...], list[_Decoding]]] = deque()
+        coming: deque[tuple[tuple[Region, ...], list[_Decoding]]] = deque()
         with ThreadPoolExecutor(self._decoders, thread_name_prefix="decoding") as pool:
             try:
                 for group in groups:
@@ -97,15 +97,15 @@ class Extractor:
             finally:
                 pool.shutdown(cancel_futures=True)
 
-    def pixels(self, targets: Sequence[Target]) -> Tensor:
+    def pixels(self, targets: Sequence[Region]) -> Tensor:
         """What the encoder sees of each target itself, uint8 ``[n, side, side, 3]``."""
         side = self.teacher.image_pixels
         return torch.cat([squash([self._images.load(one.digest, one.box)], side) for one in targets])
 
-    def _divided(self, targets: Sequence[Target]) -> Iterator[tuple[Target, ...]]:
+    def _divided(self, targets: Sequence[Region]) -> Iterator[tuple[Region, ...]]:
         """Batches of at most as many images as the teacher takes at once; scenes stay whole and are of one size."""
         for views, group in groupby(targets, key=lambda one: len(one.views)):
-            batch: list[Target] = []
+            batch: list[Region] = []
             images = 0
             for target in group:
                 # Targets of one scene cost no more than one of them.
@@ -140,7 +140,7 @@ class Extractor:
         """What `future` gives; one that no thread has begun is decoded here, instead of waiting."""
         return self._decode(digest, boxes) if future.cancel() else future.result()
 
-    def _features(self, targets: tuple[Target, ...], decoding: Sequence[_Decoding]) -> Features:
+    def _features(self, targets: tuple[Region, ...], decoding: Sequence[_Decoding]) -> Features:
         # The threads come from the other end.
         regions = [self._decoded(*one) for one in reversed(decoding)]
         seen = [part for of_image in reversed(regions) for part in of_image]
@@ -165,7 +165,7 @@ class Extractor:
         return Features(targets, values, tuple(reasons))
 
 
-def _looked_at(batch: Sequence[Target]) -> Iterator[tuple[str, Sequence[Box | None]]]:
+def _looked_at(batch: Sequence[Region]) -> Iterator[tuple[str, Sequence[Box | None]]]:
     """Images that a batch needs with their regions, in the order in which the encoder is given them."""
     if batch[0].views:
         for scene in dict.fromkeys(one.views for one in batch):
@@ -187,7 +187,7 @@ def _first(reasons: Iterable[str | None]) -> str | None:
 class ShardPlan:
     """What one shard will hold."""
 
-    targets: tuple[Target, ...]
+    targets: tuple[Region, ...]
 
     @cached_property
     def key(self) -> str:
@@ -195,7 +195,7 @@ class ShardPlan:
         return hashlib.sha256(json.dumps(self.targets).encode()).hexdigest()
 
 
-def plan(targets: Sequence[Target], teacher: Teacher) -> list[ShardPlan]:
+def plan(targets: Sequence[Region], teacher: Teacher) -> list[ShardPlan]:
     """Targets in order, as many in a shard as fit, the shards of nearly equal size and scenes whole."""
     size = bytes_per_target(teacher.grid, teacher.dim, teacher.recipe.storage)
     each = math.ceil(len(targets) / math.ceil(len(targets) * size / SHARD_BYTES))
@@ -206,7 +206,7 @@ def plan(targets: Sequence[Target], teacher: Teacher) -> list[ShardPlan]:
     return [ShardPlan(tuple(targets[start:end])) for start, end in pairwise(sorted(edges))]
 
 
-def scene_start(targets: Sequence[Target], place: int) -> int:
+def scene_start(targets: Sequence[Region], place: int) -> int:
     """The first place of the scene that the target at `place` is of; `place` itself where it stands alone."""
     while 0 < place < len(targets) and targets[place].views and targets[place].views == targets[place - 1].views:
         place -= 1
@@ -238,7 +238,7 @@ def extract(
     device = extractor.teacher.device
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def claimed() -> Iterator[Sequence[Target]]:
+    def claimed() -> Iterator[Sequence[Region]]:
         for shard in shards:
             claim = _claim(extractor.teacher, shard, finished)
             if claim is not None:

@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from valr_ops.data.corpus import ImageStore
-from valr_ops.data.sequences import Sequences, Target, targets_of
+from valr_ops.data.sequences import Region, Sequences, targets_of
 from valr_ops.recipe.cost import FeatureChoice, choose_features
 from valr_ops.store.artifacts import Check, StageContext, StageReport
 from valr_ops.store.progress import Progress
@@ -69,7 +69,7 @@ _REJECTS = "rejects.jsonl"
 class Wanted:
     """What training will ask of a teacher."""
 
-    targets: list[Target]
+    targets: list[Region]
     """Distinct, in the order in which they are computed."""
     visits: int
     """Segments with a target: how often an epoch asks for one."""
@@ -407,7 +407,7 @@ def _head(teacher: Teacher, mode: str, shards: Sequence[Shard]) -> dict[str, Any
     }
 
 
-def _write_rejects(context: StageContext, extractor: Extractor, rejected: Sequence[Target]) -> int:
+def _write_rejects(context: StageContext, extractor: Extractor, rejected: Sequence[Region]) -> int:
     """Name every record that needs one of `rejected`; returns their number."""
     if not rejected:
         return 0
@@ -435,7 +435,7 @@ def _write_rejects(context: StageContext, extractor: Extractor, rejected: Sequen
 # ---------------------------------------------------------------------------------------------------------- judging
 
 
-def _judge(store: FeatureStore, targets: Sequence[Target]) -> tuple[list[str], dict[str, float]]:
+def _judge(store: FeatureStore, targets: Sequence[Region]) -> tuple[list[str], dict[str, float]]:
     """What is wrong with stored features, and figures about them."""
     found: dict[str, list[str]] = {"not finite": [], "the same at every patch": []}
     energy = torch.zeros(store.dim, dtype=torch.float64)

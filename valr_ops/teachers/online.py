@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from valr_ops.data.sequences import Target
+from valr_ops.data.sequences import Region
 from valr_ops.teachers.extraction import Extractor, arranged
 from valr_ops.teachers.stored import FeatureError, shown
 
@@ -25,7 +25,7 @@ class FeatureSource(Protocol):
     dim: int
     """Width of a patch feature."""
 
-    def features(self, targets: Sequence[Target]) -> list[Tensor]:
+    def features(self, targets: Sequence[Region]) -> list[Tensor]:
         """``[rows, columns, dim]`` of each of `targets`, which may repeat. Raises `FeatureError`."""
 
 
@@ -37,7 +37,7 @@ class OnlineFeatures:
         device = extractor.teacher.device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def features(self, targets: Sequence[Target]) -> list[Tensor]:
+    def features(self, targets: Sequence[Region]) -> list[Tensor]:
         """``[rows, columns, dim]`` of each of `targets`; every distinct one is computed once.
 
         Raises:
@@ -46,7 +46,7 @@ class OnlineFeatures:
         """
         joint = self._extractor.joint
         distinct = arranged({target.seen(joint=joint) for target in targets})
-        found: dict[Target, Tensor] = {}
+        found: dict[Region, Tensor] = {}
         with torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
             for batch in self._extractor.batches([distinct]):
                 for target, why in zip(batch.targets, batch.rejected, strict=True):

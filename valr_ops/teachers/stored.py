@@ -34,7 +34,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from valr_ops.data.sequences import Target
+from valr_ops.data.sequences import Region
 
 Storage = Literal["bfloat16", "float16", "int8"]
 
@@ -70,12 +70,12 @@ class FeatureError(ValueError):
     """Features that can't be made or found: the message names the folder, the target and the fix."""
 
 
-def key_of(target: Target) -> bytes:
+def key_of(target: Region) -> bytes:
     """Sixteen bytes that stand for a target."""
     return xxhash.xxh3_128_digest(repr(tuple(target)).encode())
 
 
-def shown(target: Target) -> str:
+def shown(target: Region) -> str:
     """A target in a message."""
     others = len(target.views) - 1
     beside = f" beside {others} other view{'s' if others > 1 else ''}" if target.views else ""
@@ -324,19 +324,19 @@ class FeatureStore:
         """Targets that have features."""
         return len(self._keys)
 
-    def __iter__(self) -> Iterator[Target]:
+    def __iter__(self) -> Iterator[Region]:
         """The targets that have features, in the order of the shards."""
         return (target for target, rejected in self._targets() if not rejected)
 
-    def __contains__(self, target: Target) -> bool:
+    def __contains__(self, target: Region) -> bool:
         return self._located([target]) != [None]
 
     @property
-    def rejected(self) -> list[Target]:
+    def rejected(self) -> list[Region]:
         """Targets whose image could not be decoded."""
         return [target for target, rejected in self._targets() if rejected]
 
-    def get(self, target: Target) -> Tensor:
+    def get(self, target: Region) -> Tensor:
         """``[rows, columns, dim]``: a view of the mapped file in its own type, or the values of int8 in bfloat16.
 
         Raises:
@@ -344,7 +344,7 @@ class FeatureStore:
         """
         return self.features([target])[0]
 
-    def features(self, targets: Sequence[Target]) -> list[Tensor]:
+    def features(self, targets: Sequence[Region]) -> list[Tensor]:
         """`get` of each of `targets`, in less time than one by one."""
         found = []
         for target, place in zip(targets, self._located(targets), strict=True):
@@ -367,7 +367,7 @@ class FeatureStore:
         """All shards in order. Raises `FeatureError`."""
         return (self.shard(number) for number in range(len(self.index["shards"])))
 
-    def _located(self, targets: Sequence[Target]) -> list[tuple[int, int] | None]:
+    def _located(self, targets: Sequence[Region]) -> list[tuple[int, int] | None]:
         """Shard and row of each, None where it has no features."""
         wanted = np.array([key_of(target.seen(joint=self._joint)) for target in targets], dtype=self._keys.dtype)
         at = np.searchsorted(self._keys, wanted)
@@ -376,10 +376,10 @@ class FeatureStore:
         places = iter(self._places[at[there]].tolist())
         return [tuple(next(places)) if here else None for here in there.tolist()]
 
-    def _targets(self) -> Iterator[tuple[Target, bool]]:
+    def _targets(self) -> Iterator[tuple[Region, bool]]:
         columns = self._columns("digest", "box", "views", "rejected")
         rows = zip(*(columns[name].to_pylist() for name in columns), strict=True)
-        return ((Target.of(digest, box, views), rejected) for digest, box, views, rejected in rows)
+        return ((Region.of(digest, box, views), rejected) for digest, box, views, rejected in rows)
 
     def _columns(self, *names: str) -> dict[str, pa.ChunkedArray]:
         try:
@@ -417,7 +417,7 @@ def write_index(folder: Path, head: dict[str, Any]) -> None:
     (folder / _INDEX).write_text(json.dumps(head, indent=1) + "\n", encoding="utf-8")
 
 
-def write_targets(folder: Path, shards: Iterable[tuple[Sequence[Target], Tensor]]) -> None:
+def write_targets(folder: Path, shards: Iterable[tuple[Sequence[Region], Tensor]]) -> None:
     """Write targets.parquet: of every shard in order, its targets and their states."""
     with pq.ParquetWriter(folder / _TARGETS, _TARGETS_SCHEMA, compression="zstd") as writer:
         for number, (targets, states) in enumerate(shards):
