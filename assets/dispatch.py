@@ -33,7 +33,7 @@ class StageRunner(dg.ConfigurableResource):
                 context=context,
                 command=[sys.executable, "-m", "valr_ops", "run", stage],
                 cwd=str(root),
-                env={**os.environ, "VALR_DAGSTER_RUN_ID": context.run_id},
+                env={**os.environ, "VALR_DAGSTER_RUN_ID": context.run.run_id},
             )
         except DagsterPipesExecutionError as error:
             raise _failure(root, stage, str(error)) from None

@@ -18,6 +18,8 @@ from valr_ops.workspace import environment as activated
 ENDS = ("ablation_table", "teacher_features_qwen")
 MADE = ["recipe", *(row.name for row in upstream(ENDS))]
 """All but the features of three encoders that no model here is aligned to; another of their kind is made."""
+BY_DVC = ["recipe", *(row.name for row in upstream(["scores_valr_s"]))]
+"""One of each kind: DVC starts a process a stage, as Dagster does."""
 
 ALL_IN_ONE_PROCESS = f"from valr_ops import runner\nfor name in {MADE}: runner.run(name)"
 
@@ -37,14 +39,14 @@ def other_ways(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     roots = {way: copy_project(tmp_path_factory.mktemp(way) / "project") for way in ("dvc", "dagster")}
 
     def dvc() -> None:
-        command(roots["dvc"], "dvc", "repro", "-q", "recipe", *ENDS, timeout=400)
+        command(roots["dvc"], "dvc", "repro", "-q", "recipe", "scores_valr_s", timeout=560)
 
     def dagster() -> None:
         root = roots["dagster"]
         valr(root, "env")
         shell = environment(root) | activated(root)
         words = ["dagster", "asset", "materialize", "--select", ",".join(MADE)]
-        done = subprocess.run(words, cwd=root, env=shell, capture_output=True, text=True, timeout=400)
+        done = subprocess.run(words, cwd=root, env=shell, capture_output=True, text=True, timeout=560)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
     with ThreadPoolExecutor(2) as pool:
@@ -57,7 +59,7 @@ def other_ways(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_verb_dvc_and_dagster_leave_the_same_digest_for_every_stage(by_verb: Path, other_ways: dict[str, Path]):
     expected = digests(by_verb)
     assert set(expected) == set(MADE)
-    assert digests(other_ways["dvc"]) == expected
+    assert digests(other_ways["dvc"]) == {name: expected[name] for name in BY_DVC}
     assert digests(other_ways["dagster"]) == expected
 
 
