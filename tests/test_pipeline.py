@@ -56,7 +56,7 @@ def other_ways(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.timeout(600)
-def test_verb_dvc_and_dagster_leave_the_same_digest_for_every_stage(by_verb: Path, other_ways: dict[str, Path]):
+def test_verb_dvc_and_dagster_leave_the_same_digests(by_verb: Path, other_ways: dict[str, Path]):
     expected = digests(by_verb)
     assert set(expected) == set(MADE)
     assert digests(other_ways["dvc"]) == {name: expected[name] for name in BY_DVC}
