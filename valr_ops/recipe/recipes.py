@@ -79,7 +79,7 @@ def tiny() -> Recipe:
 
 def small() -> Recipe:
     """One GPU: Qwen2.5-VL-3B with the paper's global batch, and its blocks at the paper's relative depths."""
-    # The paper's global batch in larger pieces: with two records at a time a GPU waits for its launches (perf/README.md).
+    # The global batch in larger pieces: with two records at a time a GPU waits for its launches (perf/README.md).
     training = TrainingRecipe(learning_rate=1e-5, micro_batch=8, accumulation=16, precision="bfloat16")
     return Recipe(
         scale="small",
