@@ -144,33 +144,13 @@ def build_teacher_features(context: StageContext) -> StageReport:
     _draw_features(features, extractor.pixels(sample), name, context.out / "pca.png")
     precise = _cosine_to_float32(context, teacher, extractor.pixels(sample)) if recipe.precision != "float32" else {}
     check = _check(name, len(wanted.targets), problems, figures)
-    about: dict[str, int | float | str] = {
-        "model": recipe.model,
-        "parameters": sum(parameter.numel() for parameter in teacher.model.parameters()),
-        "license": teacher.license,
-        "fingerprint": teacher.fingerprint[:12],
-        "image_pixels": teacher.image_pixels,
-        "precision": recipe.precision,
-        "views": recipe.views,
-        "features": choice.mode,
-    }
-    size: dict[str, int | float | str] = {
-        "targets": len(wanted.targets),
-        "images": len({target.digest for target in wanted.targets}),
-        "joint_targets": sum(bool(target.views) for target in wanted.targets),
-        "rejected": rejected,
-        "rows": teacher.grid[0],
-        "columns": teacher.grid[1],
-        "dim": teacher.dim,
-        "bytes_per_target": bytes_per_target(teacher.grid, teacher.dim, recipe.storage),
-    }
-    figures = figures | precise
     if teacher.held_out_accuracy is not None:
         figures["held_out_patch_accuracy"] = round(teacher.held_out_accuracy, 4)
+    about, size = _about(teacher, choice), _size(teacher, wanted, rejected) | figures | precise
     rates = {"images_per_second": extracted / seconds} if extracted else {}
     return StageReport(
-        summary=about | size | figures,
-        tables={"Teacher": _table(about), "Features": _table(size | figures)},
+        summary=about | size,
+        tables={"Teacher": _table(about), "Features": _table(size)},
         plots=("pca.png",),
         checks=(check,),
         timings={"load_seconds": loaded - started, "extract_seconds": seconds, **rates, **choice.seconds},
@@ -491,6 +471,35 @@ def _check(name: str, count: int, problems: Sequence[str], figures: Mapping[str,
         detail=f"{'; '.join(problems)}: {mend}" if problems else sound,
         metadata={"targets": count, "problems": list(problems), **figures},
     )
+
+
+def _about(teacher: Teacher, choice: FeatureChoice) -> dict[str, int | float | str]:
+    """What the encoder is."""
+    recipe = teacher.recipe
+    return {
+        "model": recipe.model,
+        "parameters": sum(parameter.numel() for parameter in teacher.model.parameters()),
+        "license": teacher.license,
+        "fingerprint": teacher.fingerprint[:12],
+        "image_pixels": teacher.image_pixels,
+        "precision": recipe.precision,
+        "views": recipe.views,
+        "features": choice.mode,
+    }
+
+
+def _size(teacher: Teacher, wanted: Wanted, rejected: int) -> dict[str, int | float | str]:
+    """How much there is of what."""
+    return {
+        "targets": len(wanted.targets),
+        "images": len({target.digest for target in wanted.targets}),
+        "joint_targets": sum(bool(target.views) for target in wanted.targets),
+        "rejected": rejected,
+        "rows": teacher.grid[0],
+        "columns": teacher.grid[1],
+        "dim": teacher.dim,
+        "bytes_per_target": bytes_per_target(teacher.grid, teacher.dim, teacher.recipe.storage),
+    }
 
 
 def _draw_features(features: Tensor, seen: Tensor, name: str, path: Path) -> None:
