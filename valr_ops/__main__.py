@@ -364,11 +364,12 @@ def _score(options: argparse.Namespace) -> int:
 
     summary = scoring.score_file(options.source, options.out, options.benchmark, options.profile, options.aggregate)
     print(
-        f"{summary['benchmark']} by {summary['profile']}: {summary['n']:,} answers, mean {summary['mean']:.4f}, "
+        f"{summary['benchmark']} by {summary['profile']}: n = {summary['n']:,}, mean {summary['mean']:.4f}, "
         f"{summary['unresolved']:,} unresolved"
     )
     for name, total in summary.get("totals", {}).items():
-        print(f"  {name}: {total:.4f}" if isinstance(total, float) else f"  {name}: {total}")
+        words = ", ".join(total) if isinstance(total, list) else total or "not all of its parts are there"
+        print(f"  {name}: {total:.4f}" if isinstance(total, float) else f"  {name}: {words}")
     _last_line(**summary)
     return 0
 
