@@ -184,7 +184,9 @@ def test_old_scores_are_replaced_and_not_written_over(tmp_path: Path) -> None:
 
 def test_a_byte_order_mark_blank_lines_and_other_fields_do_no_harm(tmp_path: Path) -> None:
     row = json.dumps(CASE | {"model": "x", "latency_s": 1.5})
-    cases = read_cases(written(tmp_path / "cases.jsonl", "\ufeff" + row, "", "  ", CASE | {"id": "2"}))
+    cases = [
+        case for _, case in read_cases(written(tmp_path / "cases.jsonl", "\ufeff" + row, "", "  ", CASE | {"id": "2"}))
+    ]
     assert [case.id for case in cases] == ["1", "2"]
     assert cases[1].where.endswith("cases.jsonl:4")
 
@@ -197,7 +199,7 @@ def test_golds_and_options_keep_the_form_of_the_data_set(tmp_path: Path) -> None
         {"id": 3, "gold": ["a", "b"], "options": "(a) Open (b) Closed", "output": ""},
         {"id": 4, "gold": " x", "options": None, "question_type": None, "output": ""},
     )
-    assert [(case.gold, case.options) for case in read_cases(source)] == [
+    assert [(case.gold, case.options) for _, case in read_cases(source)] == [
         ("(B)", ("left", "right")),
         ("3.5", ("1", "2.5")),
         ('["a", "b"]', ("(a) Open (b) Closed",)),

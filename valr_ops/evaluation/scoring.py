@@ -133,7 +133,7 @@ def score_file(
     """
     rules = rules_of(benchmark)
     profile = profile or next(iter(rules.PROFILES))
-    numbered = list(_cases(source))
+    numbered = list(read_cases(source))
     if target.exists() and (not target.is_file() or target.samefile(source)):
         raise ScoringError(f"{target} holds the cases or is no file; give --out a file of its own")
     cases = [case for _, case in numbered]
@@ -156,13 +156,8 @@ def score_file(
     } | totals
 
 
-def read_cases(path: Path) -> list[Case]:
-    """The cases of a file of JSON lines; see `score_file`. Raises `ScoringError`."""
-    return [case for _, case in _cases(path)]
-
-
-def _cases(path: Path) -> Iterator[tuple[str | int, Case]]:
-    """The id of every case as it was given, and the case."""
+def read_cases(path: Path) -> Iterator[tuple[str | int, Case]]:
+    """The id of every case as it was given, and the case; see `score_file`. Raises `ScoringError`."""
     lines: dict[str, str] = {}
     try:
         with path.open("rb") as file:
