@@ -1,67 +1,53 @@
-"""What every benchmark is: items, a prompt for an item, and a verdict on an answer. One file a benchmark.
+"""What every benchmark is: items in a fixed order, each with its question, its gold answer and where its pictures are.
 
 In: a data set in its public on-disk layout.
-Out: `Item`s in a fixed order, and a `Verdict` for an item and an isolated answer.
-Always: ids are unique within a benchmark, and an item that can't be asked is a rejection with a reason.
+Out: `Item`s. One module a benchmark reads them, and holds the rules that score their answers
+(`valr_ops.evaluation.scoring`).
+Always: ids are unique within a benchmark; nothing is decoded before an item is asked; an item that can't be asked is
+named and counted, never dropped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
-import PIL.Image
-
-from valr_ops.data.records import Image, Rejection
+from valr_ops.data.records import Image
 
 
 class BenchmarkError(ValueError):
     """A benchmark that can't be run: what is missing, where, and how to provide it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """Where the encoded bytes of an image stand, below the benchmark's folder."""
+
+    file: str
+    """An image file, or a parquet file."""
+    column: str = ""
+    """Of the parquet file: bytes, base64 text, or a struct with `bytes`."""
+    row: int = 0
+    """Of the parquet file, from 0."""
+
+
+@dataclass(frozen=True, slots=True)
 class Item:
     """One question of a benchmark."""
 
     id: str
     benchmark: str
+    """Name under which its scores stand."""
     question: str
-    """The words put to the model, options included."""
+    """The words put to the model, options and instructions included, as the authors of the benchmark put them."""
     gold: str
-    """The right answer in the data set's own form."""
-    images: tuple[Image, ...]
+    """The right answer in the data set's own form; of a list its JSON text."""
+    options: tuple[str, ...] = ()
+    """In the data set's own form."""
+    question_type: str = ""
+    """What the rules and totals of the benchmark are divided by."""
+    cluster: str = ""
+    """Items of one scene, pair or rotated question, which share their luck; empty for one that stands by itself."""
+    images: tuple[Image | Picture, ...] = ()
     """Shown with the question, in this order."""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What a scorer says of one answer."""
-
-    correct: bool
-    resolved: bool
-    """False where no answer of the expected form could be read; such an answer counts as wrong and is shown as such."""
-
-
-class Benchmark(Protocol):
-    """What `run.py` asks of a benchmark."""
-
-    @property
-    def name(self) -> str:
-        """As it stands in scores and tables."""
-
-    @property
-    def rejections(self) -> Sequence[Rejection]:
-        """Test records that can't be asked."""
-
-    def items(self) -> Sequence[Item]:
-        """All items, in the order of the data set."""
-
-    def prompt(self, item: Item) -> tuple[list[PIL.Image.Image], str]:
-        """Decoded images and the question, as `generate_answers` takes them."""
-
-    def score(self, item: Item, answer: str) -> Verdict:
-        """Judge an isolated answer."""
-
-    def constant_answer(self, item: Item) -> str:
-        """The gold answer in the form in which equal answers are equal strings, for the majority baseline."""
+    video: str = ""
+    """File below the benchmark's folder whose frames are shown."""

@@ -1,7 +1,8 @@
 """VSI-Bench: letters and numbers about videos of rooms, scored by accuracy and by mean relative accuracy (MRA).
 
-In: cases whose `question_type` is one of the ten of the data set, and whose gold is a letter or a number as text.
-Out: 0 or 1 for a letter, a tenth for each threshold that a number meets; totals for the eight tasks of the paper.
+In: `nyu-visionx/VSI-Bench` on disk, its zips unpacked: a table of questions, and `DATASET/SCENE.mp4`; or cases whose
+`question_type` is one of the ten of the data set, and whose gold is a letter or a number as text.
+Out: items in file order; scores, 0 or 1 for a letter, a tenth for each threshold that a number meets; totals for the eight tasks of the paper.
 Always: the mean over tasks (macro) is None where a task is missing, never a mean over fewer.
 
 Sources: Yang et al., arXiv 2412.14171; vision-x-nyu/thinking-in-space, whose harness trims an answer first; lmms-eval
@@ -16,6 +17,8 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from valr_ops.evaluation.benchmarks import Item
+from valr_ops.evaluation.benchmarks.folder import Folder
 from valr_ops.evaluation.choices import means
 from valr_ops.evaluation.scoring import LMMS_EVAL, OFFICIAL, VLMEVALKIT, Case, Scored, ScoringError, Totals
 
@@ -25,6 +28,28 @@ NUMERIC = ("object_counting", "object_abs_distance", "object_size_estimation", "
 MULTIPLE_CHOICE = ("object_rel_distance", *DIRECTIONS, "route_planning", "obj_appearance_order")
 TASKS = (*NUMERIC, "object_rel_distance", DIRECTION, "route_planning", "obj_appearance_order")
 """The eight tasks of the paper's tables; the three levels of direction count as one."""
+
+COUNTS = {
+    "object_counting": 565,
+    "object_abs_distance": 834,
+    "object_size_estimation": 953,
+    "room_size_estimation": 288,
+    "object_rel_distance": 710,
+    "object_rel_direction_easy": 217,
+    "object_rel_direction_medium": 378,
+    "object_rel_direction_hard": 373,
+    "route_planning": 194,
+    "obj_appearance_order": 618,
+}
+"""Questions of each type."""
+SOURCE = (
+    "get it with `hf download nyu-visionx/VSI-Bench --repo-type dataset --revision COMMIT --local-dir FOLDER`, then "
+    "unpack its three zips in that folder"
+)
+_COLUMNS = ("id", "dataset", "scene_name", "question_type", "question", "ground_truth", "options")
+_FRAMES = "These are frames of a video."
+_ASK_LETTER = "Answer with the option's letter from the given choices directly."
+_ASK_NUMBER = "Please answer the question using a single word or phrase."
 
 # 1 - numpy.linspace(.5, .95, 10) in float64. Which errors are ties depends on the last digit, so nothing is recomputed.
 THRESHOLDS = (
@@ -39,6 +64,39 @@ THRESHOLDS = (
     0.10000000000000009,
     0.050000000000000044,
 )
+
+
+def read(folder: Folder) -> list[Item]:
+    """The questions of `test*.parquet`, else of `test.jsonl`, worded as the authors word them.
+
+    Raises:
+        BenchmarkError: a missing table or video, or a row without its fields.
+    """
+    name = folder.find("test*.parquet", "data/test*.parquet", "test.jsonl")[0]
+    rows = folder.parquet(name, _COLUMNS) if name.endswith(".parquet") else folder.lines(name)
+    items = []
+    for number, row in enumerate(rows):
+        options = tuple(row.get("options") or ())
+        try:
+            video = f"{row['dataset']}/{row['scene_name']}.mp4"
+            asked = [_FRAMES, row["question"]]
+            asked += ["Options:", *options, _ASK_LETTER] if options else [_ASK_NUMBER]
+            items.append(
+                Item(
+                    id=str(row["id"]),
+                    benchmark="vsi_bench",
+                    question="\n".join(asked),
+                    gold=str(row["ground_truth"]),
+                    options=options,
+                    question_type=row["question_type"],
+                    cluster=f"{row['dataset']}/{row['scene_name']}",
+                    video=video,
+                )
+            )
+        except (KeyError, TypeError) as error:
+            raise folder.error(f"{name}, row {number} has not the fields of a question ({error!r})") from None
+    folder.require((item.video for item in items), "videos are")
+    return items
 
 
 def mean_relative_accuracy(error: float) -> float:
