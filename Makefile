@@ -2,9 +2,10 @@
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo ui test lint perf clean
+.PHONY: help setup demo ui test lint perf lmms clean
 
 BIN := .venv/bin
+LMMS := .venv-lmms-eval
 PYTHON ?=
 DATA ?=
 
@@ -31,6 +32,14 @@ lint: setup ## ruff and mypy, as before every commit
 perf: setup ## the speed benchmarks that this machine can run, into perf/results.json
 	@$(BIN)/python -m perf
 
-clean: ## remove caches; artifacts, runs and .venv stay
-	@find . -path ./.venv -prune -o -type d -name __pycache__ -exec rm -rf {} +
+lmms: $(LMMS)/complete ## make .venv-lmms-eval, in which lmms-eval puts its tasks to our models (2.5 GB)
+
+$(LMMS)/complete: infra/lmms-eval.txt pyproject.toml | setup
+	@$(BIN)/python -m venv $(LMMS)
+	@$(LMMS)/bin/python -m pip install --disable-pip-version-check --no-input --no-deps --requirement infra/lmms-eval.txt
+	@$(LMMS)/bin/python -m pip install --disable-pip-version-check --no-input --no-deps --editable .
+	@touch $@
+
+clean: ## remove caches; artifacts, runs and environments stay
+	@find . -path './.venv*' -prune -o -type d -name __pycache__ -exec rm -rf {} +
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache build dist

@@ -33,6 +33,8 @@ MICRO: dict[str, Any] = {
     "stage2.max_updates": 2,
     "evaluation.max_new_tokens": 12,
     "evaluation.limit": 6,
+    "evaluation.study_items": 4,
+    "evaluation.benchmarks": {"vsi_bench": {"drawn": 6}, "blink": {"drawn": 6}},
 }
 """The smallest recipe that still runs every stage for real."""
 

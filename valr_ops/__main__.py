@@ -144,6 +144,38 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--in", dest="source", required=True, type=Path, metavar="JSONL", help="id, gold, output a line")
     score.add_argument("--out", required=True, type=Path, metavar="JSONL", help="id, score, extracted a line")
     score.add_argument("--aggregate", action="store_true", help="also the benchmark's totals")
+    score.add_argument("--judge", metavar="MODEL", help="settles what the profile would ask a model, by its full name")
+    score.add_argument("--judge-url", metavar="URL", help="its endpoint, such as https://api.openai.com/v1")
+    score.add_argument(
+        "--judge-max-dollars", type=float, default=10.0, metavar="X", help="asks nothing that costs more"
+    )
+    score.add_argument(
+        "--judge-price", type=float, nargs=2, metavar=("IN", "OUT"), help="dollars for a million tokens, if not known"
+    )
+
+    ask = with_set(
+        verb("ask", _ask, "ask a model the questions of benchmarks, into a run folder that can go on", False)
+    )
+    ask.add_argument(
+        "--model", required=True, metavar="MODEL", help="a folder, a stage, hub:ID@COMMIT, or https://HOST/v1"
+    )
+    ask.add_argument("--served-as", metavar="NAME", help="the model's name at an endpoint")
+    ask.add_argument("--name", metavar="NAME", help="what to call the model in scores")
+    ask.add_argument("--engine", choices=["transformers"], help="decode a Qwen2.5-VL by its own class, without latents")
+    ask.add_argument(
+        "--benchmark",
+        action="append",
+        required=True,
+        metavar="NAME=FOLDER",
+        help="the public files of a benchmark, or NAME:jsonl=FOLDER for your own; may be given again",
+    )
+    ask.add_argument("--limit", type=int, metavar="N", help="the first N questions of each benchmark only")
+    ask.add_argument("--partial", action="store_true", help="take a data set that has not all of its rows")
+    ask.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="the run; the same command goes on")
+
+    evaluate = with_set(verb("evaluate", _evaluate, "score the answers of a run folder; needs no model", False))
+    evaluate.add_argument("run", type=Path, metavar="FOLDER", help="what `valr ask` wrote")
+    evaluate.add_argument("--profile", metavar="NAME", help="whose rules; each benchmark's default without it")
 
     verb("doctor", _doctor, "check this machine and say how to mend what is wrong")
     verb("env", _env, 'print the environment for other shells: eval "$(valr env)"')
@@ -362,7 +394,10 @@ def _serve(options: argparse.Namespace) -> int:
 def _score(options: argparse.Namespace) -> int:
     from valr_ops.evaluation import scoring
 
-    summary = scoring.score_file(options.source, options.out, options.benchmark, options.profile, options.aggregate)
+    judge = _judge(options) if options.judge or options.judge_url else None
+    summary = scoring.score_file(
+        options.source, options.out, options.benchmark, options.profile, options.aggregate, judge
+    )
     print(
         f"{summary['benchmark']} by {summary['profile']}: n = {summary['n']:,}, mean {summary['mean']:.4f}, "
         f"{summary['unresolved']:,} unresolved"
@@ -370,8 +405,56 @@ def _score(options: argparse.Namespace) -> int:
     for name, total in summary.get("totals", {}).items():
         words = ", ".join(total) if isinstance(total, list) else total or "not all of its parts are there"
         print(f"  {name}: {total:.4f}" if isinstance(total, float) else f"  {name}: {words}")
+    if judge:
+        print(judge.line())
     _last_line(**summary)
     return 0
+
+
+def _judge(options: argparse.Namespace) -> Any:
+    from valr_ops.evaluation import judge
+
+    return judge.open_judge(
+        options.judge or "",
+        options.judge_url or "",
+        options.out.parent,
+        print,
+        price=tuple(options.judge_price) if options.judge_price else None,
+        max_dollars=options.judge_max_dollars,
+    )
+
+
+def _ask(options: argparse.Namespace) -> int:
+    from valr_ops.evaluation import asking
+    from valr_ops.store.progress import ShowingProgress
+
+    recipe, root = _recipe_of_project(options)
+    asked = [asking.Asked.parse(one, options.limit, whole=not options.partial) for one in options.benchmark]
+    answerer = asking.open_model(options.model, recipe, options.served_as, options.name, options.engine)
+    cache, progress = root / ".valr" / "cache" / "frames", ShowingProgress("ask")
+    outcome = asking.ask_run(answerer, asked, options.out, recipe, cache, progress)
+    print(f"{outcome['items']} answers in {options.out}; score them: valr evaluate {options.out}")
+    _last_line(**outcome)
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from valr_ops.evaluation import asking
+
+    recipe, root = _recipe_of_project(options)
+    scores, table = asking.score_run(options.run, recipe, root / ".valr" / "cache" / "frames", options.profile)
+    print(table)
+    _last_line(out=str(options.run), benchmarks=scores["benchmarks"])
+    return 0
+
+
+def _recipe_of_project(options: argparse.Namespace) -> tuple[Any, Path]:
+    """The project's recipe, for verbs whose paths are relative to where they were typed."""
+    from valr_ops.recipe import recipes
+    from valr_ops.store.artifacts import project_root
+
+    root = project_root()
+    return recipes.load(root, _overrides(options)), root
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -50,9 +50,12 @@ class Says:
     """Seconds until it comes."""
 
 
-def completion(content: str | None, usage: tuple[int, int] | None = None) -> Says:
-    """The reply of a model that answers `content`."""
-    body: dict[str, Any] = {"choices": [{"index": 0, "message": {"role": "assistant", "content": content}}]}
+def completion(
+    content: str | None, usage: tuple[int, int] | None = None, finish_reason: str | None = None, **more: Any
+) -> Says:
+    """The reply of a model that answers `content`; `more` are other fields of it."""
+    choice = {"index": 0, "message": {"role": "assistant", "content": content}, "finish_reason": finish_reason}
+    body: dict[str, Any] = {"choices": [choice], **more}
     if usage:
         body["usage"] = {"prompt_tokens": usage[0], "completion_tokens": usage[1]}
     return Says(json.dumps(body).encode())

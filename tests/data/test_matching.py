@@ -1,23 +1,15 @@
 from __future__ import annotations
 
 import base64
-import datetime
 import hashlib
 import io
-import ipaddress
 import json
-import logging
-import os
 import re
 import shutil
-import signal
-import socket
-import ssl
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,18 +17,15 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
 from tests.data.endpoint import Asked, Endpoint, Says, completion, error, matches, saying, serving
 from valr_ops.data import matching
 from valr_ops.data.corpus import CorpusRecord, ImageReference
 from valr_ops.data.images import decode
-from valr_ops.data.matching import KEY_VARIABLE, REPLIES, Clock, Matcher, MatchingError, open_matcher
+from valr_ops.data.matching import KEY_VARIABLE, REPLIES, Matcher, MatchingError, open_matcher
 from valr_ops.data.records import Rejection, Step, Target
 from valr_ops.recipe.recipe import MatchingRecipe
+from valr_ops.store.chat import Clock
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 KEY = "sk-planted-4f1d0c9a77"
@@ -123,45 +112,6 @@ def opened(recipe: MatchingRecipe, cache: Path, said: list[str] | None = None, c
 def looks_at(record: CorpusRecord | Rejection) -> list[int | None]:
     assert isinstance(record, CorpusRecord), record
     return [None if step.target is None else step.target.image for step in record.steps]
-
-
-@contextmanager
-def unvouched(folder: Path) -> Iterator[tuple[int, list[bytes]]]:
-    """An HTTPS server on loopback whose certificate it signed itself: its port, and what was sent to it."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
-    address = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
-    now = datetime.datetime.now(datetime.UTC)
-    certificate = (
-        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(address, critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    file = folder / "server.pem"
-    private = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    file.write_bytes(private + certificate.public_bytes(serialization.Encoding.PEM))
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(file)
-    received: list[bytes] = []
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-
-        def serve() -> None:
-            while True:
-                try:
-                    with context.wrap_socket(listener.accept()[0], server_side=True) as connection:
-                        received.append(connection.recv(1000))
-                except ssl.SSLError:
-                    continue
-                except OSError:
-                    return
-
-        thread = threading.Thread(target=serve, daemon=True)
-        thread.start()
-        yield listener.getsockname()[1], received
 
 
 @pytest.fixture(autouse=True)
@@ -352,70 +302,7 @@ def test_a_question_that_the_endpoint_refuses_rejects_that_record_alone(tmp_path
     assert len(endpoint.asked) == 2
 
 
-# An endpoint that is busy, broken or wrong.
-
-
-def test_a_429_is_asked_again_after_the_time_that_the_endpoint_names(tmp_path: Path) -> None:
-    said: list[str] = []
-    clock = FakeClock()
-    with saying(error(429, "slow down", Retry_After="17"), matches(2, 2)) as endpoint:
-        (done,) = opened(asking(endpoint), tmp_path, said, clock).match([scene()], IMAGES)
-    assert looks_at(done) == [1, 1]
-    assert len(endpoint.asked) == 2
-    assert clock.waits[0] == 17
-    assert "answered 429 (slow down); asking again in 17 s" in said[-1]
-
-
-def test_a_date_in_retry_after_is_understood(tmp_path: Path) -> None:
-    clock = FakeClock()
-    with saying(error(503, Retry_After="Wed, 21 Oct 2015 07:28:00 GMT"), matches(2, 2)) as endpoint:
-        opened(asking(endpoint), tmp_path, clock=clock).match([scene()], IMAGES)
-    assert clock.waits[0] == 2
-
-
-def test_an_endpoint_that_asks_for_an_hour_is_not_waited_for(tmp_path: Path) -> None:
-    clock = FakeClock()
-    with saying(error(429, Retry_After="3600")) as endpoint, pytest.raises(MatchingError, match="answered 429"):
-        opened(asking(endpoint), tmp_path, clock=clock).match([scene()], IMAGES)
-    assert len(endpoint.asked) == 1
-    assert clock.time < 60
-
-
-BROKEN = {
-    "500": error(500, "oops"),
-    "half an answer": replace(matches(1, 1), sent=20),
-    "no answer": replace(matches(1, 1), sent=0),
-    "a page": Says(b"<html>welcome</html>", headers={"Content-Type": "text/html"}),
-    "no choices": Says(b'{"choices": []}'),
-    "too large a reply": completion("x" * (1 << 20)),
-}
-
-
-@pytest.mark.parametrize("says", BROKEN.values(), ids=BROKEN)
-def test_a_broken_reply_is_asked_for_again(tmp_path: Path, says: Says) -> None:
-    with saying(says, matches(2, 2)) as endpoint:
-        (done,) = opened(asking(endpoint), tmp_path).match([scene()], IMAGES)
-    assert looks_at(done) == [1, 1]
-    assert len(endpoint.asked) == 2
-
-
-def test_a_reply_that_does_not_come_is_asked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matching, "_READ_SECONDS", 0.2)
-    with saying(replace(matches(1, 1), after=2.0), matches(2, 2)) as endpoint:
-        (done,) = opened(asking(endpoint), tmp_path).match([scene()], IMAGES)
-    assert looks_at(done) == [1, 1]
-
-
-def test_a_reply_that_drips_is_given_up(tmp_path: Path) -> None:
-    class Racing(FakeClock):
-        def now(self) -> float:
-            self.time += 100
-            return self.time
-
-    dripping = completion(" " * 900_000)
-    with saying(dripping) as endpoint, pytest.raises(MatchingError, match="takes more than 300 seconds"):
-        opened(asking(endpoint), tmp_path, clock=Racing()).match([scene()], IMAGES)
-    assert len(endpoint.asked) == 6
+# An endpoint that is broken or wrong.
 
 
 def test_an_endpoint_that_stays_broken_stops_the_run_and_the_same_call_goes_on(tmp_path: Path) -> None:
@@ -463,34 +350,6 @@ def test_what_would_meet_every_record_stops_the_run_at_once(tmp_path: Path, says
     assert len(endpoint.asked) == 1
 
 
-def test_a_redirect_is_not_followed(tmp_path: Path) -> None:
-    with saying(matches(1, 1)) as elsewhere:
-        moved = error(307, Location=f"{elsewhere.url}/chat/completions")
-        with saying(moved) as endpoint, pytest.raises(MatchingError, match="a redirect, which is not followed"):
-            opened(asking(endpoint), tmp_path).match([scene()], IMAGES)
-    assert elsewhere.asked == []
-
-
-@pytest.mark.parametrize(
-    ("address", "expected"),
-    [
-        ("ftp://example.com/v1", "is no address"),
-        ("https://", "is no address"),
-        ("https://example.com:99999/v1", "is no address"),
-        ("https://user:word@example.com/v1", "carries a user name"),
-        ("https://example.com/v1?api_key=word", "carries a user name, a password or a query"),
-        ("http://example.com/v1", "in the clear"),
-    ],
-)
-def test_an_address_that_would_leak_something_is_refused_without_repeating_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str, expected: str
-) -> None:
-    monkeypatch.setenv(KEY_VARIABLE, KEY)
-    with pytest.raises(MatchingError, match=expected) as raised:
-        opened(asking(address), tmp_path)
-    assert "word@" not in str(raised.value) and "=word" not in str(raised.value)
-
-
 # The cache.
 
 
@@ -534,59 +393,7 @@ def test_another_question_is_asked_anew(tmp_path: Path, change: Any) -> None:
         assert len(endpoint.asked) == 3
 
 
-def test_a_half_written_last_line_is_ignored_and_written_over_by_none(tmp_path: Path) -> None:
-    records = [scene(number) for number in range(3)]
-    with saying(matches(3, 1)) as endpoint:
-        recipe = asking(endpoint, requests_per_minute=1)
-        opened(recipe, tmp_path).match(records, IMAGES)
-        path = tmp_path / REPLIES
-        whole = path.read_bytes()
-        cut = whole[: whole.rindex(b"reply")]
-        path.write_bytes(cut)
-        del endpoint.asked[:]
-        opened(recipe, tmp_path).match(records, IMAGES)
-        assert endpoint.questions == [records[2].question]
-        assert path.read_bytes().startswith(cut + b"\n")
-        opened(recipe, tmp_path).match(records, IMAGES)
-        assert len(endpoint.asked) == 1
-
-
-KILLED = """
-import sys
-from pathlib import Path
-from tests.data.test_matching import IMAGES, asking, opened, scene
-recipe = asking(sys.argv[1], requests_per_minute=10)
-opened(recipe, Path(sys.argv[2])).match([scene(number) for number in range(6)], IMAGES)
-"""
-
-
-def test_after_a_kill_only_the_rest_is_asked(tmp_path: Path) -> None:
-    hanging, killed = threading.Event(), threading.Event()
-
-    def answer(asked: Asked) -> Says:
-        if asked.question.endswith("4?") and not killed.is_set():
-            hanging.set()
-            killed.wait(60)
-        return matches(2, 3)
-
-    records = [scene(number) for number in range(6)]
-    with serving(answer) as endpoint:
-        # One at a time, so that exactly four are answered when the fifth one hangs.
-        process = subprocess.Popen([sys.executable, "-c", KILLED, endpoint.url, str(tmp_path)], cwd=CHECKOUT)
-        try:
-            assert hanging.wait(60)
-        finally:
-            os.kill(process.pid, signal.SIGKILL)
-            process.wait()
-            killed.set()
-        assert endpoint.questions == [record.question for record in records[:5]]
-        del endpoint.asked[:]
-        done = opened(asking(endpoint, requests_per_minute=10), tmp_path).match(records, IMAGES)
-    assert [looks_at(record) for record in done] == [[1, 2]] * 6
-    assert endpoint.questions == [record.question for record in records[4:]]
-
-
-# Price and rate.
+# Price.
 
 
 def test_the_price_is_that_of_the_pictures_the_text_and_the_longest_answers(tmp_path: Path) -> None:
@@ -601,13 +408,6 @@ def test_the_price_is_that_of_the_pictures_the_text_and_the_longest_answers(tmp_
     assert pictures + 200 < price.input_tokens < pictures + 500
     assert price.dollars == pytest.approx((2.5 * price.input_tokens + 10 * price.output_tokens) / 1e6)
     assert "1 questions to gpt-4o-2024-08-06 at http://127.0.0.1:1/v1 cost about $0.00" in said[0]
-
-
-def test_an_image_costs_the_larger_of_tiles_and_pixels() -> None:
-    assert matching.image_tokens(512, 512, 512) == 350
-    assert matching.image_tokens(100, 100, 512) == 255
-    assert matching.image_tokens(4000, 2000, 512) == 255
-    assert matching.image_tokens(1024, 1024, 2048) == 1399
 
 
 def test_a_price_above_the_bound_refuses_before_the_first_request(tmp_path: Path) -> None:
@@ -629,101 +429,6 @@ def test_answers_that_cost_more_than_the_bound_stop_the_run_and_are_kept(tmp_pat
         assert len(endpoint.asked) == 2
         opened(recipe, tmp_path).match(records, IMAGES)
         assert len(endpoint.asked) == 4
-
-
-def test_requests_keep_to_the_rate(tmp_path: Path) -> None:
-    clock = FakeClock()
-    with saying(matches(1, 1)) as endpoint:
-        matcher = opened(asking(endpoint, requests_per_minute=10), tmp_path, clock=clock)
-        matcher.match([scene(number) for number in range(3)], IMAGES)
-        matcher.match([scene(number) for number in range(3, 5)], IMAGES)
-    assert len(endpoint.asked) == 5
-    assert clock.waits == [6.0] * 4
-
-
-def test_no_more_than_the_bounded_number_of_requests_is_open_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(matching, "_MOST_REQUESTS_AT_ONCE", 3)
-    lock, together = threading.Lock(), threading.Barrier(3, timeout=20)
-    open_now: list[int] = []
-    most: list[int] = []
-
-    def answer(asked: Asked) -> Says:
-        with lock:
-            open_now.append(1)
-            most.append(len(open_now))
-        # Passes only if three are open at once; a fourth would be counted.
-        together.wait()
-        with lock:
-            open_now.pop()
-        return matches(1, 1)
-
-    with serving(answer) as endpoint:
-        opened(asking(endpoint), tmp_path).match([scene(number) for number in range(6)], IMAGES)
-    assert max(most) == 3
-
-
-# The key.
-
-
-def everything_in(error: BaseException) -> str:
-    """The texts of an error, of all that led to it, and of what it carries."""
-    shown = [str(error), repr(error), repr(error.args), repr(vars(error))]
-    shown += [everything_in(cause) for cause in (error.__cause__, error.__context__) if cause is not None]
-    return "\n".join(shown)
-
-
-@pytest.mark.parametrize(
-    "says",
-    [
-        error(401, f"Incorrect API key provided: {KEY}"),
-        error(400, "x" * 180 + KEY),
-        error(500, f"upstream refused {KEY}"),
-        error(429, f"{KEY} is over its quota"),
-        completion(f"Your key is {KEY}."),
-        error(400, KEY, "content_filter"),
-        Says(KEY.encode()),
-        Says(KEY.encode(), sent=5),
-        matches(1, 2),
-    ],
-    ids=["401", "400", "500", "429", "in the answer", "refused", "no JSON", "half", "good"],
-)
-def test_the_key_is_sent_and_stands_nowhere_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, says: Says
-) -> None:
-    monkeypatch.setenv(KEY_VARIABLE, KEY)
-    caplog.set_level(logging.DEBUG)
-    said: list[str] = []
-    with saying(says) as endpoint:
-        matcher = opened(asking(endpoint), tmp_path, said)
-        matcher.estimate([scene()])
-        try:
-            shown = repr(matcher.match([scene()], IMAGES))
-        except MatchingError as raised:
-            shown = everything_in(raised)
-    assert {one.headers["Authorization"] for one in endpoint.asked} == {f"Bearer {KEY}"}
-    written = [path.read_text() for path in tmp_path.rglob("*") if path.is_file()]
-    everything = "\n".join([shown, *said, *written, caplog.text, repr(vars(matcher)), repr(vars(matcher._judge))])
-    # Not even its beginning, which cutting a text to length could leave.
-    assert KEY[:8] not in everything
-
-
-def test_a_key_that_could_not_be_sent_is_refused_without_repeating_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(KEY_VARIABLE, f"{KEY}\r\nX-Other: 1")
-    with pytest.raises(MatchingError, match=f"{KEY_VARIABLE} holds no key") as raised:
-        opened(asking("https://127.0.0.1:1/v1"), tmp_path)
-    assert KEY[:8] not in everything_in(raised.value)
-
-
-def test_a_certificate_that_nobody_vouches_for_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(KEY_VARIABLE, KEY)
-    refused = pytest.raises(MatchingError, match="CERTIFICATE_VERIFY_FAILED")
-    with unvouched(tmp_path) as (port, received), refused:
-        opened(asking(f"https://127.0.0.1:{port}/v1"), tmp_path).match([scene()], IMAGES)
-    assert received == []
 
 
 # Similarity.

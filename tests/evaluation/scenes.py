@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import PIL.Image
 
+from valr_ops.data.images import ImageLimits
 from valr_ops.data.records import Image, Record, Rejection
-from valr_ops.evaluation.benchmarks.jsonl import JsonlBenchmark
-from valr_ops.evaluation.run import Answerer, Budget, Prompt, score_model
+from valr_ops.evaluation.models import Answerer, Budget, Prompt, Said
+from valr_ops.evaluation.questions import Benchmark, Showing, benchmark_of_records
+from valr_ops.evaluation.run import score_model
 from valr_ops.recipe import recipes
 from valr_ops.recipe.recipe import Recipe, override
 from valr_ops.store.artifacts import StageContext, StageReport
@@ -30,20 +32,20 @@ BUDGET = Budget(
     force_first_latent=False,
     min_pixels=256,
     max_pixels=4096,
+    frames=4,
     seed=0,
     slots=0,
 )
 
 
-@dataclass(frozen=True)
-class Said:
-    """One answer of the function that stands for a model."""
+SHOWING = Showing(ImageLimits(8, 1_000_000), 4, Path("no frames are kept"))
 
-    text: str
-    segments: int = 0
-    text_tokens: int = 6
-    latent_steps: int = 0
-    finish_reason: str = "stop"
+
+def said(
+    text: str, segments: int = 0, text_tokens: int = 6, latent_steps: int = 0, finish_reason: str = "stop"
+) -> Said:
+    """One answer of the function that stands for a model."""
+    return Said(text, text_tokens, finish_reason, segments, latent_steps)
 
 
 def picture(colour: str, role: Any = "input") -> Image:
@@ -70,7 +72,7 @@ def record(number: int, gold: str = "true", question: str = "Is it red?", **chan
     return Record(**(values | changes))
 
 
-def benchmark(count: int = 10, name: str = "mine") -> JsonlBenchmark:
+def benchmark(count: int = 10, name: str = "mine") -> Benchmark:
     """Questions with two red images of three, so that the majority answer is true, and one rejected record."""
     colours = ["red", "red", "blue"]
     records = [
@@ -83,12 +85,13 @@ def benchmark(count: int = 10, name: str = "mine") -> JsonlBenchmark:
         )
         for number in range(count)
     ]
-    return JsonlBenchmark(name, [*records, Rejection(f"{name}/x", name, "image_unreadable", "test.jsonl line 99")])
+    rejected = Rejection(f"{name}/x", name, "image_unreadable", "test.jsonl line 99")
+    return benchmark_of_records(name, [*records, rejected], SHOWING)
 
 
 def recipe(batch_size: int = 4) -> Recipe:
-    """Scale tiny with small batches."""
-    return override(recipes.tiny(), {"evaluation.batch_size": batch_size})
+    """Scale tiny with small batches and no benchmark but the test records of sources."""
+    return override(recipes.tiny(), {"evaluation.batch_size": batch_size, "evaluation.benchmarks": {}})
 
 
 def context(stage: str, folder: Path, inputs: dict[str, Path] | None = None, batch_size: int = 4) -> StageContext:
@@ -102,7 +105,7 @@ def context(stage: str, folder: Path, inputs: dict[str, Path] | None = None, bat
 def truthful(prompts: list[Prompt]) -> list[Said]:
     """A model that sees the colour."""
     return [
-        Said(f"Answer: {str(images[0].getpixel((0, 0)) == (255, 0, 0)).lower()}<|im_end|>") for images, _ in prompts
+        said(f"Answer: {str(images[0].getpixel((0, 0)) == (255, 0, 0)).lower()}<|im_end|>") for images, _ in prompts
     ]
 
 
@@ -117,14 +120,14 @@ def scored(
     """A scores artifact of a model that is right on the items `right` picks, and the stage's report."""
 
     def generate(prompts: list[Prompt]) -> list[Said]:
-        said = []
+        answers = []
         for (_, question), honest in zip(prompts, truthful(prompts), strict=True):
             truth = "true" if "true" in honest.text else "false"
             answer = truth if right(int(question.split()[2])) else {"true": "false", "false": "true"}[truth]
             segment = f"<latent>{'<|latent_pad|>' * slots}</latent>" if slots else ""
             text = f"{segment}the image is <b>seen</b>.\nAnswer: {answer}<|im_end|>"
-            said.append(Said(text, segments=int(slots > 0), latent_steps=slots))
-        return said
+            answers.append(said(text, segments=int(slots > 0), latent_steps=slots))
+        return answers
 
     at = context(stage, folder, batch_size=16)
     report = score_model(at, [benchmark(count)], answerer(generate, slots=slots, **budget))

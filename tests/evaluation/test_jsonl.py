@@ -1,21 +1,36 @@
-"""The generic benchmark: which rule judges, and what each rule accepts."""
+"""A user's own questions: which rule scores a record, what each rule accepts, and the totals."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from tests.evaluation.scenes import picture, record
-from valr_ops.data.records import Rejection
-from valr_ops.evaluation.benchmarks import BenchmarkError, Verdict
-from valr_ops.evaluation.benchmarks.jsonl import PROFILES, JsonlBenchmark, options, totals
+from valr_ops.data.records import Image, Record, Rejection
+from valr_ops.evaluation.benchmarks import BenchmarkError, Item
+from valr_ops.evaluation.benchmarks.jsonl import PROFILES, comparable, from_records, group_totals, options, totals
 from valr_ops.evaluation.scoring import OFFICIAL, Case, Scored, ScoringError
 
-RIGHT, WRONG, UNRESOLVED = Verdict(True, True), Verdict(False, True), Verdict(False, False)
+RIGHT, WRONG, UNRESOLVED = (1.0, True), (0.0, True), (0.0, False)
+RED, LIME, BLUE = (Image(name.encode(), name, 24, 24, "input") for name in ("red", "lime", "blue"))
 
 
-def verdict(gold: str, answer: str, question: str = "What is it?") -> Verdict:
-    benchmark = JsonlBenchmark("mine", [record(0, gold, question)])
-    return benchmark.score(benchmark.items()[0], answer)
+def record(number: int, gold: str = "true", question: str = "Is it red?", images: tuple[Image, ...] = (RED,)) -> Record:
+    """A test record of the source `mine`."""
+    return Record(f"mine/{number}", "mine", "CC-BY-4.0", "test", "single_view", question, images, (), gold)
+
+
+def item(gold: str, question: str = "What is it?") -> Item:
+    (found,), rejections = from_records("mine", [record(0, gold, question)])
+    assert rejections == []
+    return found
+
+
+def verdict(gold: str, answer: str, question: str = "What is it?") -> tuple[float, bool]:
+    """Score and whether something could be read."""
+    of = item(gold, question)
+    scored = PROFILES[OFFICIAL](Case(of.id, of.gold, answer, of.question_type, of.options))
+    return scored.score, scored.resolved
 
 
 OPTIONS = "Which colour?\nA. red\nB. blue green\nC. a"
@@ -38,7 +53,7 @@ def test_a_choice_is_right_by_its_letter_or_by_its_text(gold: str, answer: str) 
         ("(b).", UNRESOLVED),
     ],
 )
-def test_a_choice_is_never_guessed_from_a_first_letter(answer: str, expected: Verdict) -> None:
+def test_a_choice_is_never_guessed_from_a_first_letter(answer: str, expected: tuple[float, bool]) -> None:
     assert verdict("B", answer, OPTIONS) == expected
 
 
@@ -72,7 +87,7 @@ def test_options_are_read_from_the_question(question: str, found: dict[str, str]
         ("false", "", UNRESOLVED),
     ],
 )
-def test_a_truth_value_is_right_in_either_pair_of_words(gold: str, answer: str, expected: Verdict) -> None:
+def test_a_truth_value_is_right_in_either_pair_of_words(gold: str, answer: str, expected: tuple[float, bool]) -> None:
     assert verdict(gold, answer) == expected
 
 
@@ -99,7 +114,7 @@ def test_a_truth_value_is_right_in_either_pair_of_words(gold: str, answer: str, 
     ],
 )
 def test_a_number_is_right_within_half_a_unit_of_the_golds_last_digit(
-    gold: str, answer: str, expected: Verdict
+    gold: str, answer: str, expected: tuple[float, bool]
 ) -> None:
     assert verdict(gold, answer) == expected
 
@@ -108,40 +123,64 @@ def test_a_number_is_right_within_half_a_unit_of_the_golds_last_digit(
     ("answer", "expected"),
     [("Blue  square.", RIGHT), ("a blue square", WRONG), ("", UNRESOLVED), ("e5", WRONG)],
 )
-def test_text_is_right_only_as_a_whole(answer: str, expected: Verdict) -> None:
+def test_text_is_right_only_as_a_whole(answer: str, expected: tuple[float, bool]) -> None:
     assert verdict("blue square", answer) == expected
 
 
+def test_a_text_that_reads_like_a_list_is_one_text_and_not_several_right_ones() -> None:
+    assert verdict("[1, 2]", "[1, 2]") == RIGHT
+    assert verdict("[1, 2]", "1") == WRONG
+
+
+@pytest.mark.parametrize(
+    ("gold", "question", "kind"),
+    [
+        ("(b)", "Which?", "choice"),
+        ("blue green", OPTIONS, "choice"),
+        ("yes", "Is it? (A) yes (B) no", "choice"),
+        ("yes", "Is it?", "yes_no"),
+        ("-3.5", "How many?", "number"),
+        ("b", "Which?", "text"),
+    ],
+)
+def test_the_rule_of_a_record_follows_from_its_answer_and_the_options_that_it_states(
+    gold: str, question: str, kind: str
+) -> None:
+    assert item(gold, question).question_type == kind
+
+
 def test_the_majority_baseline_sees_equal_answers_as_equal() -> None:
-    benchmark = JsonlBenchmark("mine", [record(n, gold) for n, gold in enumerate(["yes", "True", "1,200", "1200.0"])])
-    assert [benchmark.constant_answer(item) for item in benchmark.items()] == ["yes", "yes", "1200", "1200"]
+    items, _ = from_records("mine", [record(n, gold) for n, gold in enumerate(["yes", "True", "1,200", "1200.0"])])
+    assert [comparable(one) for one in items] == ["yes", "yes", "1200", "1200"]
+    assert [comparable(item(gold, OPTIONS)) for gold in ("(B)", "Blue green", "[1, 2]")] == ["B", "B", "[1, 2]"]
+    assert comparable(Case("1", '["Red", 2.0]', "", "list")) == comparable(Case("1", '["red", 2]', "", "list"))
 
 
 def test_rejected_records_and_second_ids_are_counted_and_never_asked() -> None:
     rejection = Rejection("mine/9", "mine", "image_unreadable", "test.jsonl line 9")
-    benchmark = JsonlBenchmark("mine", [record(0), rejection, record(1), record(0, "false")])
-    assert [item.id for item in benchmark.items()] == ["mine/0", "mine/1"]
-    assert [one.reason for one in benchmark.rejections] == ["image_unreadable", "duplicate_id"]
+    items, rejections = from_records("mine", [record(0), rejection, record(1), record(0, "false")])
+    assert [one.id for one in items] == ["mine/0", "mine/1"]
+    assert [one.reason for one in rejections] == ["image_unreadable", "duplicate_id"]
+
+
+def test_a_letter_that_no_option_has_is_rejected_since_no_answer_could_be_right() -> None:
+    items, rejections = from_records("mine", [record(0, "D", OPTIONS), record(1, "C", OPTIONS)])
+    assert [one.id for one in items] == ["mine/1"]
+    assert [(one.id, one.reason) for one in rejections] == [("mine/0", "answer_not_allowed")]
 
 
 def test_a_benchmark_without_items_says_why() -> None:
     with pytest.raises(BenchmarkError, match="mine has no item: image_missing"):
-        JsonlBenchmark("mine", [Rejection("mine/0", "mine", "image_missing", "test.jsonl line 1")])
+        from_records("mine", [Rejection("mine/0", "mine", "image_missing", "test.jsonl line 1")])
     with pytest.raises(BenchmarkError, match=r"no test\.jsonl"):
-        JsonlBenchmark("mine", [])
+        from_records("mine", [])
 
 
-def test_the_prompt_is_the_input_images_in_order_and_the_question_word_for_word() -> None:
-    images = (picture("red"), picture("lime", role="step"), picture("blue"))
-    benchmark = JsonlBenchmark("mine", [record(0, images=images)])
-    shown, question = benchmark.prompt(benchmark.items()[0])
-    assert question == "Is it red?"
-    assert [image.getpixel((0, 0)) for image in shown] == [(255, 0, 0), (0, 0, 255)]
-
-
-def test_a_limit_keeps_the_first_items() -> None:
-    benchmark = JsonlBenchmark("mine", [record(n) for n in range(5)], limit=2)
-    assert [item.id for item in benchmark.items()] == ["mine/0", "mine/1"]
+def test_a_record_is_asked_word_for_word_with_its_input_images_in_order() -> None:
+    step = replace(LIME, role="step")
+    (one,), _ = from_records("mine", [record(0, question=OPTIONS, gold="A", images=(RED, step, BLUE))])
+    assert one.question == OPTIONS
+    assert one.images == (RED, BLUE)
 
 
 def scored(kind: str, gold: str, output: str, stated: tuple[str, ...] = ()) -> Scored:
@@ -225,3 +264,15 @@ def test_totals_of_cases_are_over_cases_and_over_rules() -> None:
     cases = [Case("1", "1", "", "number"), Case("2", "1", "", "number"), Case("3", "x", "", "text")]
     found = totals(cases, [Scored(1.0, "1"), Scored(0.0, "2"), Scored(1.0, "x")], OFFICIAL)
     assert found == {"overall": 2 / 3, "micro": 2 / 3, "macro": 0.75, "number": 0.5, "text": 1.0}
+
+
+def test_groups_count_equally_in_their_macro_and_a_pair_is_right_only_as_a_whole() -> None:
+    asked = [("a", "x", "1"), ("a", "y", "1"), ("a", "x", ""), ("b", "", "2"), ("b", "", "2")]
+    items = [
+        Item(str(n), "mine", "?", "1", group=group, subgroup=subgroup, cluster=pair)
+        for n, (group, subgroup, pair) in enumerate(asked)
+    ]
+    scores = [Scored(float(right), None) for right in (1, 0, 1, 1, 1)]
+    expected = {"a": 2 / 3, "a/x": 1.0, "a/y": 0.0, "b": 1.0, "macro": 5 / 6, "pair": 0.5}
+    assert group_totals(items, scores) == pytest.approx(expected)
+    assert group_totals([Item("1", "mine", "?", "1")], scores[:1]) == {}

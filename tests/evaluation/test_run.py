@@ -7,17 +7,18 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests import tiny
-from tests.evaluation.scenes import BUDGET, Said, answerer, benchmark, context, recipe, truthful
+from tests.evaluation.scenes import BUDGET, answerer, benchmark, context, recipe, said, truthful
 from valr_ops.evaluation.benchmarks import BenchmarkError
+from valr_ops.evaluation.models import BudgetError, Prompt, Said
 from valr_ops.evaluation.run import (
-    BudgetError,
     Prediction,
     PredictionsError,
-    Prompt,
+    UnansweredError,
     build_scores,
     judge,
     open_benchmarks,
@@ -25,7 +26,7 @@ from valr_ops.evaluation.run import (
     score_model,
 )
 from valr_ops.model.qwen import save_model
-from valr_ops.recipe.recipe import read
+from valr_ops.recipe.recipe import override
 from valr_ops.store.artifacts import StageContext
 
 
@@ -55,10 +56,10 @@ def test_scores_count_what_the_model_said(tmp_path: Path) -> None:
     at = context("scores_sft", tmp_path)
 
     def half_blind(prompts: list[Prompt]) -> list[Said]:
-        said = [replace(one, segments=2, latent_steps=8) for one in truthful(prompts)]
-        said[0] = Said("Answer: perhaps")
-        said[1] = replace(said[1], finish_reason="length")
-        return said
+        answers = [replace(one, segments=2, latent_steps=8) for one in truthful(prompts)]
+        answers[0] = said("Answer: perhaps")
+        answers[1] = replace(answers[1], finish_reason="length")
+        return answers
 
     report = score_model(at, [benchmark(8)], answerer(half_blind, slots=4))
     score = json.loads((at.out / "scores.json").read_text())["benchmarks"]["mine"]
@@ -101,7 +102,7 @@ def test_a_killed_run_goes_on_without_repeating_or_losing_an_item(tmp_path: Path
 
     second = DyingModel()
     score_model(at, [benchmark(10)], answerer(second))
-    questions = [item.question for item in benchmark(10).items()]
+    questions = [item.question for item in benchmark(10).items]
     assert first.asked == questions[:8]
     assert second.asked == questions[8:]
     assert files(at) == files(uninterrupted)
@@ -117,7 +118,7 @@ def test_a_batch_that_was_half_written_is_asked_again_as_a_whole(tmp_path: Path,
     journal.write_bytes(b"".join(lines[:whole_lines]) + lines[whole_lines][:30])
     second = DyingModel()
     score_model(at, [benchmark(10)], answerer(second))
-    assert second.asked == [item.question for item in benchmark(10).items()][4:]
+    assert second.asked == [item.question for item in benchmark(10).items][4:]
     assert len(read_predictions(at.out)) == 10
 
 
@@ -142,10 +143,44 @@ def test_a_journal_with_foreign_answers_is_refused(tmp_path: Path) -> None:
     at = context("killed", tmp_path)
     score_model(at, [benchmark(8)], answerer())
     (journal,) = at.work.iterdir()
-    lines = journal.read_bytes().splitlines(keepends=True)
-    journal.write_bytes(b"".join([lines[1], lines[0], *lines[2:]]))
-    with pytest.raises(PredictionsError, match="line 1 answers mine/1 of mine, but item 1 is mine/0"):
-        score_model(at, [benchmark(8)], answerer())
+    whole = journal.read_bytes()
+    for line, complaint in (
+        (
+            json.dumps({**json.loads(whole.splitlines()[0]), "id": "mine/8"}),
+            "line 9 answers mine/8 of mine, which is none",
+        ),
+        ('{"benchmark": "mine"}', "line 9 is no answer"),
+        ("not JSON", "line 9 is no answer"),
+    ):
+        journal.write_bytes(whole + line.encode() + b"\n")
+        with pytest.raises(PredictionsError, match=complaint):
+            score_model(at, [benchmark(8)], answerer())
+
+
+def test_an_endpoint_that_fails_leaves_items_unanswered_and_the_next_run_asks_only_those_batches(
+    tmp_path: Path,
+) -> None:
+    at = context("scores_gpt", tmp_path)
+    asked: list[str] = []
+
+    def failing(prompts: list[Prompt]) -> list[Said]:
+        asked.extend(question for _, question in prompts)
+        return [
+            Said("", 0, "error", error="503 after 5 attempts") if "image 5 " in question else one
+            for (_, question), one in zip(prompts, truthful(prompts), strict=True)
+        ]
+
+    with pytest.raises(
+        UnansweredError, match="1 of 10 items got no answer \\(1 x 503 after 5 attempts\\); the others are"
+    ):
+        score_model(at, [benchmark(10)], answerer(failing))
+    assert not (at.out / "scores.json").exists()
+    second = DyingModel()
+    score_model(at, [benchmark(10)], answerer(second))
+    questions = [item.question for item in benchmark(10).items]
+    assert asked == questions
+    assert second.asked == questions[4:8]
+    assert {row["status"] for row in read_predictions(at.out)} == {"ok"}
 
 
 def test_equal_answers_give_equal_bytes_and_no_clock(tmp_path: Path) -> None:
@@ -180,10 +215,10 @@ def predictions(count: int) -> list[Prediction]:
 
 def test_judging_needs_exactly_one_prediction_for_every_item() -> None:
     tested = benchmark(4)
-    questions = [(tested, item) for item in tested.items()]
+    questions = [(tested, item) for item in tested.items]
     shuffled = predictions(4)
     random.Random(0).shuffle(shuffled)
-    assert [row["id"] for row in judge(questions, shuffled)] == [item.id for item in tested.items()]
+    assert [row["id"] for row in judge(questions, shuffled)] == [item.id for item in tested.items]
     with pytest.raises(PredictionsError, match="missing mine/3 of mine, for no item none"):
         judge(questions, predictions(3))
     with pytest.raises(PredictionsError, match="missing none, for no item mine/4"):
@@ -204,7 +239,7 @@ def test_a_predictions_file_with_a_missing_or_doubled_row_is_refused(tmp_path: P
 
 def test_an_output_with_unusual_line_ends_stays_one_row(tmp_path: Path) -> None:
     at = context("scores_sft", tmp_path)
-    score_model(at, [benchmark(3)], answerer(lambda prompts: [Said("a\u2028b\x85c\rAnswer: true\n") for _ in prompts]))
+    score_model(at, [benchmark(3)], answerer(lambda prompts: [said("a\u2028b\x85c\rAnswer: true\n") for _ in prompts]))
     assert [row["output"] for row in read_predictions(at.out)] == ["a\u2028b\x85c\rAnswer: true\n"] * 3
 
 
@@ -216,9 +251,13 @@ def test_budgets_that_differ_in_anything_but_slots_are_not_compared() -> None:
 
 def test_a_recipe_without_test_items_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(BenchmarkError, match=r"data\.sources has \['zebra_cot'\]"):
-        values = recipe().model_dump(mode="json")
-        values["data"]["sources"] = {"zebra_cot": {"format": "zebra_cot"}}
-        open_benchmarks(read(values), tmp_path)
+        open_benchmarks(asking(tmp_path, zebra_cot={"format": "zebra_cot"}))
+
+
+def asking(folder: Path, **sources: Any) -> StageContext:
+    """A context of a stage `scores_*` with only these sources."""
+    changed = override(recipe(), {"data.sources": sources})
+    return replace(context("scores_sft", folder, {"sources": folder}), recipe=changed)
 
 
 def users_folder(folder: Path) -> Path:
@@ -241,19 +280,17 @@ def users_folder(folder: Path) -> Path:
 def test_a_source_with_training_data_only_is_no_benchmark(tmp_path: Path) -> None:
     folders = {name: users_folder(tmp_path / name) for name in ("both", "training")}
     (folders["training"] / "test.jsonl").rename(folders["training"] / "train.jsonl")
-    values = recipe().model_dump(mode="json")
-    values["data"]["sources"] = {name: {"format": "jsonl", "path": str(path)} for name, path in folders.items()}
-    assert [one.name for one in open_benchmarks(read(values), tmp_path)] == ["both"]
-    del values["data"]["sources"]["both"]
+    sources = {name: {"format": "jsonl", "path": str(path)} for name, path in folders.items()}
+    assert [one.name for one in open_benchmarks(asking(tmp_path, **sources))] == ["both"]
+    del sources["both"]
     with pytest.raises(BenchmarkError, match="Put a test"):
-        open_benchmarks(read(values), tmp_path)
+        open_benchmarks(asking(tmp_path, **sources))
 
 
 def test_a_users_folder_is_read_up_to_its_broken_lines(tmp_path: Path) -> None:
-    values = recipe().model_dump(mode="json")
-    values["data"]["sources"] = {"mine": {"format": "jsonl", "path": str(users_folder(tmp_path / "mine"))}}
-    (opened,) = open_benchmarks(read(values), tmp_path)
-    assert [item.id for item in opened.items()] == ["mine/a", "mine/c", "mine/d"]
+    mine = {"format": "jsonl", "path": str(users_folder(tmp_path / "mine"))}
+    (opened,) = open_benchmarks(asking(tmp_path, mine=mine))
+    assert [item.id for item in opened.items] == ["mine/a", "mine/c", "mine/d"]
     assert sorted(one.reason for one in opened.rejections) == ["image_missing", "not_json"]
 
 

@@ -108,6 +108,7 @@ def test_without_a_profile_the_first_of_the_benchmark_is_taken(tmp_path: Path, m
         (CASE | {"id": "2", "gold": {}}, "2: gold is an object"),
         ('{"id": "2", "gold": NaN, "output": ""}', "2: gold is the number nan"),
         (CASE | {"id": "2", "question_type": 3}, "2: question_type is the number 3"),
+        (CASE | {"id": "2", "question": ["Which?"]}, "2: question is a list"),
         (CASE | {"id": "2", "options": {"A": "left"}}, "2: options is an object"),
         (CASE | {"id": "2", "options": [None]}, "2: an option is null"),
         (CASE | {"id": "2", "gold": "0"}, "2: case '2': gold '0'"),

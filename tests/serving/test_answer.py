@@ -14,7 +14,8 @@ from valr_ops.__main__ import main
 from valr_ops.evaluation.answers import answer_text
 from valr_ops.model.decoding import LatentSegment
 from valr_ops.model.qwen import save_model
-from valr_ops.serving.answer import AnswerError, model_folder, segment_line
+from valr_ops.serving.answer import segment_line
+from valr_ops.store.artifacts import ArtifactError, model_folder
 
 SLOTS = 4
 
@@ -127,7 +128,7 @@ def test_a_model_is_found_by_its_folder_or_its_stage(reasoner: Path, monkeypatch
     assert model_folder(str(reasoner)) == reasoner
     monkeypatch.chdir(reasoner.parents[1])
     assert model_folder("stage2_valr_m").samefile(reasoner)
-    with pytest.raises(AnswerError, match="nor a stage whose artifact is a model"):
+    with pytest.raises(ArtifactError, match="nor a stage whose artifact is a model"):
         model_folder("stage1_sft")
 
 

@@ -11,34 +11,41 @@ answer is on disk before it is used, so that a run that was interrupted pays for
 
 from __future__ import annotations
 
-import base64
-import email.utils
 import hashlib
-import io
 import json
-import math
-import os
-import re
-import threading
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Protocol
-from urllib.parse import urlsplit
 
-import httpx2
 import numpy as np
 import PIL.Image
-import tenacity
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from valr_ops.data.corpus import CorpusRecord
 from valr_ops.data.images import decode
 from valr_ops.data.records import BadRecord, Rejection, Step, Target, shortened
 from valr_ops.recipe.recipe import MatchingRecipe
+from valr_ops.store.chat import (
+    AGAIN,
+    Chat,
+    Clock,
+    Endpoint,
+    Messages,
+    Names,
+    Price,
+    Question,
+    Reply,
+    Unusable,
+    data_url,
+    image_part,
+    image_tokens,
+    read_object,
+    text_part,
+    text_tokens,
+)
 
 KEY_VARIABLE = "VALR_MATCHING_API_KEY"
 """Environment variable with the key to the endpoint; unset for one that needs none."""
@@ -66,22 +73,7 @@ _ROLE = (
 )
 _PICTURE = "Picture {number}:"
 _TASK = "Question: {question}\n\nSteps:\n{steps}\n\nChoose a picture for step {wanted}."
-_AGAIN = "That answer can't be used: {problem}. Answer again, with the JSON object alone."
 _JPEG_QUALITY = 90
-
-_ANSWERS_ASKED_FOR = 3
-_ATTEMPTS_A_REQUEST = 6
-_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 2.0, 60.0
-_LONGEST_RETRY_AFTER_SECONDS = 300.0
-_CONNECT_SECONDS, _READ_SECONDS, _WHOLE_REPLY_SECONDS = 10.0, 120.0, 300.0
-_MAX_REPLY_BYTES = 1 << 20
-_SECONDS_AN_ANSWER = 6.0
-_MOST_REQUESTS_AT_ONCE = 32
-
-_BUSY = {408, 409, 425, 429}
-# Error codes of the OpenAI protocol that are about this record alone; every other refusal would meet all records.
-_ABOUT_THE_RECORD = {"content_filter", "content_policy_violation", "context_length_exceeded"}
-_FENCE = "```"
 
 _DUAL_ENCODERS = ("clip", "siglip")
 # Without any of them transformers makes a tokenizer that knows no word, and every step would be the same to it.
@@ -96,29 +88,17 @@ class MatchingError(RuntimeError):
     """Matching that can't begin or go on: what is wrong, where, and how to go on. Answers that came stay."""
 
 
-@dataclass(frozen=True)
-class Price:
-    """What matching will cost, every question asked once."""
-
-    requests: int
-    input_tokens: int
-    output_tokens: int
-    """The most that the answers may have."""
-    dollars: float
-    answered: int
-    """Questions whose answers are there already."""
-
-
-class Clock:
-    """The time that the rate limit and the pauses go by; tests bring their own."""
-
-    def now(self) -> float:
-        """Seconds since some moment."""
-        return time.monotonic()
-
-    def wait(self, stop: threading.Event, seconds: float) -> None:
-        """Return after `seconds`, or as soon as `stop` is set."""
-        stop.wait(seconds)
+_NAMES = Names(
+    error=MatchingError,
+    who="matching",
+    url="data.matching.endpoint",
+    model="data.matching.model",
+    max_dollars="data.matching.max_dollars",
+    key=KEY_VARIABLE,
+    cheaper=(
+        "Raise max_dollars, lower data.matching.image_side or a source's cap, or set data.matching.by to similarity"
+    ),
+)
 
 
 class _Judge(Protocol):
@@ -223,7 +203,7 @@ def open_matcher(
     """
     judge: _Judge | None = None
     if recipe.by == "endpoint":
-        judge = _Endpoint(recipe, cache, say, clock or Clock())
+        judge = _Endpoint(recipe, cache, say, clock)
     elif recipe.by == "similarity":
         judge = _Similarity(Path(recipe.model or "").expanduser())
     return Matcher(recipe, judge)
@@ -253,374 +233,79 @@ class _Answer(BaseModel):
     matches: list[_Match]
 
 
-class _Message(BaseModel):
-    content: str | None = None
-
-
-class _Choice(BaseModel):
-    message: _Message
-
-
-class _Usage(BaseModel):
-    prompt_tokens: int = Field(ge=0)
-    completion_tokens: int = Field(ge=0)
-
-
-class _Completion(BaseModel):
-    """What is read of a reply of /v1/chat/completions."""
-
-    choices: list[_Choice] = Field(min_length=1)
-    usage: _Usage | None = None
-
-
-class _Complaint(BaseModel):
-    message: str = ""
-    code: str | int | None = None
-
-
-class _Refusal(BaseModel):
-    """What is read of a reply with another status than 200."""
-
-    error: _Complaint = _Complaint()
-
-
-class _Unusable(Exception):
-    """An answer that says nothing about the steps."""
-
-
-class _AnswerRefused(Exception):
-    """The endpoint will not answer this question, for a reason that lies in it."""
-
-
-class _Busy(Exception):
-    """No answer this time; another attempt may bring one."""
-
-    def __init__(self, problem: str, retry_after: float | None = None) -> None:
-        super().__init__(problem)
-        self.retry_after = retry_after
-
-
-class _Stopped(Exception):
-    """Another thread has failed."""
-
-
 class _Endpoint:
-    """Asks a model behind an OpenAI-compatible endpoint, several questions at once, at the recipe's rate and price."""
+    """Asks a model behind an OpenAI-compatible endpoint, at the recipe's rate and price."""
 
-    def __init__(self, recipe: MatchingRecipe, cache: Path, say: Callable[[str], None], clock: Clock) -> None:
+    def __init__(self, recipe: MatchingRecipe, cache: Path, say: Callable[[str], None], clock: Clock | None) -> None:
         self._recipe = recipe
-        self._key = _key()
-        self._url = _address(recipe.endpoint or "", self._key is not None)
-        self._prompt = _digest([_ROLE, _PICTURE, _TASK, _AGAIN, _JPEG_QUALITY, recipe.image_side])
+        self._prompt = _digest([_ROLE, _PICTURE, _TASK, AGAIN, _JPEG_QUALITY, recipe.image_side])
         self.by = f"endpoint:{recipe.model}:{self._prompt[:8]}"
-        self._replies = _Replies(cache / REPLIES)
-        self._say = say
-        self._clock = clock
-        self._stop = threading.Event()
-        self._lock = threading.Lock()
-        self._next_turn = -math.inf
-        self._spent = 0.0
-        in_flight = math.ceil(recipe.requests_per_minute * _SECONDS_AN_ANSWER / 60)
-        self._at_once = min(in_flight, _MOST_REQUESTS_AT_ONCE)
+        endpoint = Endpoint(
+            url=recipe.endpoint or "",
+            model=recipe.model or "",
+            names=_NAMES,
+            requests_per_minute=recipe.requests_per_minute,
+            dollars_per_million_input_tokens=recipe.dollars_per_million_input_tokens or 0.0,
+            dollars_per_million_output_tokens=recipe.dollars_per_million_output_tokens or 0.0,
+            max_dollars=recipe.max_dollars,
+            patience=1,
+        )
+        self._chat = Chat(endpoint, cache / REPLIES, self.by, say, clock)
 
     def estimate(self, records: Iterable[CorpusRecord]) -> Price:
-        keys: set[str] = set()
-        inputs = outputs = answered = 0
-        for record in records:
-            key = self._key_of(record)
-            if key in keys:
-                continue
-            keys.add(key)
-            if key in self._replies:
-                answered += 1
-            else:
-                inputs += self._input_tokens(record)
-                outputs += _max_output_tokens(record)
-        price = Price(len(keys) - answered, inputs, outputs, self._dollars(inputs, outputs), answered)
-        what = (
-            f"{price.requests:,} questions to {self._recipe.model} at {self._recipe.endpoint} cost about "
-            f"${price.dollars:,.2f} ({inputs:,} input and at most {outputs:,} output tokens)"
-        )
-        if price.dollars > self._recipe.max_dollars:
-            raise MatchingError(
-                f"{what}, more than data.matching.max_dollars={self._recipe.max_dollars:g}. Nothing was asked. Raise "
-                "max_dollars, lower data.matching.image_side or a source's cap, or set data.matching.by to similarity"
-            )
-        self._say(f"matching: {what}; {answered:,} are answered already")
-        return price
+        # No messages: nothing is sent.
+        return self._chat.estimate(self._question(record, list) for record in records)
 
     def choose(self, records: Sequence[CorpusRecord], image: ImageBytes) -> list[Choices | BadRecord]:
-        keys = [self._key_of(record) for record in records]
-        missing = {key: record for key, record in zip(keys, records, strict=True) if key not in self._replies}
-        if missing:
-            self._ask_all(missing, image)
-        return [self._read(record, self._replies[key]) for key, record in zip(keys, records, strict=True)]
+        replies = self._chat.ask_all(
+            [self._question(record, partial(self._messages, record, image)) for record in records]
+        )
+        if self._chat.stopped:
+            raise self._chat.stopped
+        # There is no failure left: with a patience of 1 the first one stops it.
+        return [
+            self._read(record, reply.text)
+            for record, reply in zip(records, replies, strict=True)
+            if isinstance(reply, Reply)
+        ]
 
     def _read(self, record: CorpusRecord, reply: str) -> Choices | BadRecord:
         try:
             return _choices(reply, record)
-        except _Unusable as problem:
+        except Unusable as problem:
             detail = f"{record.where}: {self.by} answered {shortened(reply)!r}: {problem}"
             return BadRecord("step_match_invalid", detail)
 
-    def _ask_all(self, missing: dict[str, CorpusRecord], image: ImageBytes) -> None:
-        """Bring the answers to all questions into the cache; pictures are prepared only as fast as they are sent."""
-        self._stop.clear()
-        with self._client() as client, ThreadPoolExecutor(self._at_once) as threads:
-            running: set[Future[None]] = set()
-            try:
-                for key, record in missing.items():
-                    while len(running) >= self._at_once:
-                        running = _after_one(running)
-                    pictures = [self._picture(image(record.images[number].digest)) for number in _views(record)]
-                    running.add(threads.submit(self._ask, client, key, record, pictures))
-                while running:
-                    running = _after_one(running)
-            except BaseException:
-                self._stop.set()
-                raise
-
-    def _client(self) -> httpx2.Client:
-        headers = {"Authorization": f"Bearer {self._key.get_secret_value()}"} if self._key else {}
-        timeout = httpx2.Timeout(_READ_SECONDS, connect=_CONNECT_SECONDS)
-        # Certificates are checked, which is the client's own default.
-        return httpx2.Client(headers=headers, timeout=timeout, follow_redirects=False)
-
-    def _ask(self, client: httpx2.Client, key: str, record: CorpusRecord, pictures: list[str]) -> None:
-        """Ask until an answer can be used, or often enough; keep the last one either way."""
-        messages = _conversation(record, pictures)
-        for _ in range(_ANSWERS_ASKED_FOR):
-            try:
-                reply = self._reply(client, messages, record)
-                _choices(reply, record)
-            except _AnswerRefused as refusal:
-                reply = f"refused: {refusal}"
-            except _Unusable as problem:
-                again = _AGAIN.format(problem=problem)
-                messages = [*messages, {"role": "assistant", "content": reply}, {"role": "user", "content": again}]
-                continue
-            break
-        self._replies.add(key, self.by, reply)
-
-    def _reply(self, client: httpx2.Client, messages: list[dict[str, Any]], record: CorpusRecord) -> str:
-        """The text of one answer. Raises `MatchingError` after the last attempt."""
-        body = {
-            "model": self._recipe.model,
-            "messages": messages,
-            "temperature": 0,
-            "max_tokens": _max_output_tokens(record),
-            "response_format": {"type": "json_object"},
-        }
-        attempts = tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(_Busy),
-            stop=_given_up,
-            wait=_pause,
-            sleep=self._wait,
-            before_sleep=self._say_pause,
-            reraise=True,
-        )
-        try:
-            completion = attempts(self._post, client, json.dumps(body).encode(), record)
-        except _Busy as busy:
-            problem = str(busy)
-        else:
-            estimated = self._dollars(self._input_tokens(record), _max_output_tokens(record))
-            usage = completion.usage
-            with self._lock:
-                self._spent += self._dollars(usage.prompt_tokens, usage.completion_tokens) if usage else estimated
-            return self._without_key(completion.choices[0].message.content or "")
-        raise self._error(f"gave no answer: {problem}", record, "Wait until it does, or lower requests_per_minute")
-
-    def _post(self, client: httpx2.Client, body: bytes, record: CorpusRecord) -> _Completion:
-        """One request. Raises `_Busy`, `_AnswerRefused` or `MatchingError`."""
-        self._take_turn(record)
-        problem = ""
-        try:
-            headers = {"Content-Type": "application/json"}
-            with client.stream("POST", self._url, content=body, headers=headers) as response:
-                data = self._bounded(response)
-        except httpx2.RequestError as error:
-            problem = self._shown(f"{type(error).__name__}: {error}")
-        # Raised outside, because the client's own exception holds the request with its key.
-        if problem:
-            raise _Busy(problem)
-        if response.status_code != 200:
-            self._refuse(response, data, record)
-        try:
-            return _Completion.model_validate_json(data)
-        except ValidationError:
-            problem = "status 200 without a chat completion"
-        raise _Busy(problem)
-
-    def _bounded(self, response: httpx2.Response) -> bytes:
-        data = bytearray()
-        latest = self._clock.now() + _WHOLE_REPLY_SECONDS
-        for piece in response.iter_bytes():
-            data += piece
-            if len(data) > _MAX_REPLY_BYTES:
-                raise _Busy(f"a reply of more than {_MAX_REPLY_BYTES} bytes")
-            if self._clock.now() > latest:
-                raise _Busy(f"a reply that takes more than {_WHOLE_REPLY_SECONDS:g} seconds")
-        return bytes(data)
-
-    def _refuse(self, response: httpx2.Response, data: bytes, record: CorpusRecord) -> None:
-        """Raise what a status other than 200 means."""
-        status = response.status_code
-        try:
-            complaint = _Refusal.model_validate_json(data).error
-        except ValidationError:
-            complaint = _Complaint()
-        answered = f"answered {status}" + (f" ({self._shown(complaint.message)})" if complaint.message else "")
-        if status in _BUSY or status >= 500:
-            retry_after = _seconds(response.headers.get("retry-after"))
-            if retry_after is not None:
-                with self._lock:
-                    # The others would only be told the same.
-                    pause = min(retry_after, _LONGEST_RETRY_AFTER_SECONDS)
-                    self._next_turn = max(self._next_turn, self._clock.now() + pause)
-            raise _Busy(answered, retry_after)
-        if complaint.code in _ABOUT_THE_RECORD:
-            raise _AnswerRefused(complaint.code)
-        if status in (401, 403):
-            # Servers like to repeat parts of the key here, so their words are left out.
-            held = "does not accept the key in" if self._key else "asks for a key, which belongs in"
-            raise self._error(f"answered {status}: it {held} {KEY_VARIABLE}", record, "Set that environment variable")
-        if 300 <= status < 400:
-            raise self._error(f"{answered}, a redirect, which is not followed", record, "Give the address it leads to")
-        raise self._error(answered, record, "Check data.matching.endpoint (it ends in /v1) and data.matching.model")
-
-    def _take_turn(self, record: CorpusRecord) -> None:
-        """Wait until the rate allows one more request."""
-        with self._lock:
-            if self._spent >= self._recipe.max_dollars:
-                raise self._error(
-                    f"was paid about ${self._spent:.2f} in this run, which reaches data.matching.max_dollars="
-                    f"{self._recipe.max_dollars:g}",
-                    record,
-                    "Answers that had to be asked for again were not in the estimate; raise max_dollars, or go on as "
-                    "it is for as much again",
-                )
-            now = self._clock.now()
-            turn = max(now, self._next_turn)
-            self._next_turn = turn + 60 / self._recipe.requests_per_minute
-        self._wait(turn - now)
-
-    def _wait(self, seconds: float) -> None:
-        if seconds > 0:
-            self._clock.wait(self._stop, seconds)
-        if self._stop.is_set():
-            raise _Stopped
-
-    def _say_pause(self, state: tenacity.RetryCallState) -> None:
-        with self._lock:
-            self._say(f"matching: {self._recipe.endpoint}: {_failure(state)}; asking again in {_pause(state):.0f} s")
-
-    def _error(self, what: str, record: CorpusRecord, how: str) -> MatchingError:
-        return MatchingError(
-            f"data.matching.endpoint={self._recipe.endpoint} {what}, at record {record.id} ({record.where}). {how}; "
-            f"{len(self._replies):,} answers are kept in {self._replies.path}, and the same command goes on there"
+    def _question(self, record: CorpusRecord, messages: Callable[[], Messages]) -> Question:
+        shown = [record.images[number] for number in _views(record)]
+        pictures = (image_tokens(image.width, image.height, self._recipe.image_side) for image in shown)
+        return Question(
+            # Equal for questions that have the same answer.
+            key=_digest(
+                [
+                    *(self._recipe.model, self._prompt, record.question),
+                    [step.text for step in record.steps],
+                    _open_steps(record),
+                    [image.digest for image in shown],
+                ]
+            ),
+            messages=messages,
+            # An entry has about a dozen tokens, and twice as many if the model breaks lines.
+            most_output_tokens=64 + 32 * len(_open_steps(record)),
+            read=partial(_choices, record=record),
+            input_tokens=text_tokens(_ROLE + _PICTURE * len(shown) + _task(record)) + sum(pictures),
+            about=f"record {record.id} ({record.where})",
         )
 
-    def _shown(self, text: str) -> str:
-        # First the key, then the length: half a key is a secret too.
-        return shortened(self._without_key(text), 200)
-
-    def _without_key(self, text: str) -> str:
-        return text.replace(self._key.get_secret_value(), f"[{KEY_VARIABLE}]") if self._key else text
-
-    def _key_of(self, record: CorpusRecord) -> str:
-        """Equal for questions that have the same answer."""
-        return _digest(
-            [
-                *(self._recipe.model, self._prompt, record.question),
-                [step.text for step in record.steps],
-                _open_steps(record),
-                [record.images[number].digest for number in _views(record)],
-            ]
-        )
-
-    def _picture(self, data: bytes) -> str:
-        """A data URL of the image, at most `image_side` pixels long."""
-        picture = decode(data)
-        picture.thumbnail((self._recipe.image_side, self._recipe.image_side), PIL.Image.Resampling.LANCZOS)
-        file = io.BytesIO()
-        picture.save(file, format="JPEG", quality=_JPEG_QUALITY)
-        return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
-
-    def _input_tokens(self, record: CorpusRecord) -> int:
-        views = [record.images[number] for number in _views(record)]
-        text = _ROLE + _PICTURE * len(views) + _task(record)
-        pictures = (image_tokens(image.width, image.height, self._recipe.image_side) for image in views)
-        return text_tokens(text) + sum(pictures)
-
-    def _dollars(self, input_tokens: int, output_tokens: int) -> float:
-        rates = self._recipe.dollars_per_million_input_tokens, self._recipe.dollars_per_million_output_tokens
-        return (input_tokens * (rates[0] or 0.0) + output_tokens * (rates[1] or 0.0)) / 1e6
-
-
-class _Replies:
-    """What the endpoint answered, by the digest of what it was asked: lines of JSON that are only ever appended.
-
-    A line counts once it is whole, so that a process may end at any moment.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._lock = threading.Lock()
-        self._by_key: dict[str, str] = {}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = path.read_bytes() if path.exists() else b""
-        self._torn = bool(text) and not text.endswith(b"\n")
-        for line in text.split(b"\n"):
-            try:
-                entry = json.loads(line)
-                key, reply = entry["key"], entry["reply"]
-            except (ValueError, TypeError, KeyError):
-                # The rest of a line that was cut short: its question is asked again.
-                continue
-            if isinstance(key, str) and isinstance(reply, str):
-                self._by_key[key] = reply
-
-    def __len__(self) -> int:
-        return len(self._by_key)
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._by_key
-
-    def __getitem__(self, key: str) -> str:
-        return self._by_key[key]
-
-    def add(self, key: str, by: str, reply: str) -> None:
-        """On disk when this returns."""
-        line = json.dumps({"key": key, "by": by, "reply": reply}).encode() + b"\n"
-        with self._lock:
-            with self.path.open("ab") as file:
-                file.write(b"\n" + line if self._torn else line)
-                file.flush()
-                os.fsync(file.fileno())
-            self._torn = False
-            self._by_key[key] = reply
-
-
-def image_tokens(width: int, height: int, side: int) -> int:
-    """Input tokens of an image that is sent at most `side` pixels long, for the price.
-
-    An assumption, on the high side: the larger of OpenAI's tiles (85 and 170 for each 512 px tile) and a token for
-    every 750 pixels, which is about what other vendors and Qwen's 28 px patches come to.
-    """
-    scale = min(1.0, side / max(width, height))
-    width, height = max(1, round(width * scale)), max(1, round(height * scale))
-    return max(85 + 170 * math.ceil(width / 512) * math.ceil(height / 512), math.ceil(width * height / 750))
-
-
-def text_tokens(text: str) -> int:
-    """Tokens of a text, for the price: three bytes of UTF-8 each, where English has about four; on the high side."""
-    return math.ceil(len(text.encode()) / 3)
-
-
-def _max_output_tokens(record: CorpusRecord) -> int:
-    # An entry has about a dozen tokens, and twice as many if the model breaks lines.
-    return 64 + 32 * len(_open_steps(record))
+    def _messages(self, record: CorpusRecord, image: ImageBytes) -> Messages:
+        content = []
+        for number, view in enumerate(_views(record), start=1):
+            picture = decode(image(record.images[view].digest))
+            picture.thumbnail((self._recipe.image_side, self._recipe.image_side), PIL.Image.Resampling.LANCZOS)
+            url = data_url(picture, "JPEG", quality=_JPEG_QUALITY)
+            content += [text_part(_PICTURE.format(number=number)), image_part(url)]
+        content.append(text_part(_task(record)))
+        return [{"role": "system", "content": _ROLE}, {"role": "user", "content": content}]
 
 
 def _task(record: CorpusRecord) -> str:
@@ -631,111 +316,23 @@ def _task(record: CorpusRecord) -> str:
     )
 
 
-def _conversation(record: CorpusRecord, pictures: list[str]) -> list[dict[str, Any]]:
-    content: list[dict[str, Any]] = []
-    for number, url in enumerate(pictures, start=1):
-        content.append({"type": "text", "text": _PICTURE.format(number=number)})
-        content.append({"type": "image_url", "image_url": {"url": url}})
-    content.append({"type": "text", "text": _task(record)})
-    return [{"role": "system", "content": _ROLE}, {"role": "user", "content": content}]
-
-
 def _choices(reply: str, record: CorpusRecord) -> Choices:
-    """What an answer says about the record's open steps. Raises `_Unusable`."""
-    text = reply.strip()
-    if text.startswith(_FENCE) and text.endswith(_FENCE):
-        # Where a server does not know response_format, models like to answer in Markdown.
-        text = text.removeprefix(_FENCE).removeprefix("json").removesuffix(_FENCE)
-    try:
-        answer = _Answer.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise _Unusable(f"{where}: {first['msg']}" if where else "it is no JSON object of that form") from None
+    """What an answer says about the record's open steps. Raises `Unusable`."""
+    answer = read_object(reply, _Answer)
     views = _views(record)
     said: dict[int, int | None] = {}
     for match in answer.matches:
         if match.step > len(record.steps):
-            raise _Unusable(f"there is no step {match.step}, only 1 to {len(record.steps)}")
+            raise Unusable(f"there is no step {match.step}, only 1 to {len(record.steps)}")
         if match.image is not None and match.image > len(views):
-            raise _Unusable(f"there is no picture {match.image}, only 1 to {len(views)}")
+            raise Unusable(f"there is no picture {match.image}, only 1 to {len(views)}")
         if said.setdefault(match.step, match.image) != match.image:
-            raise _Unusable(f"step {match.step} has two pictures")
+            raise Unusable(f"step {match.step} has two pictures")
     for number in _open_steps(record):
         if number + 1 not in said:
-            raise _Unusable(f"step {number + 1} is missing")
+            raise Unusable(f"step {number + 1} is missing")
     numbers = (said[number + 1] for number in _open_steps(record))
     return [None if number is None else views[number - 1] for number in numbers]
-
-
-def _after_one(running: set[Future[None]]) -> set[Future[None]]:
-    """The futures that still run after at least one has ended. Raises what one that ended has raised."""
-    ended, others = wait(running, return_when=FIRST_COMPLETED)
-    for future in ended:
-        future.result()
-    return others
-
-
-def _failure(state: tenacity.RetryCallState) -> BaseException | None:
-    return state.outcome.exception() if state.outcome else None
-
-
-def _pause(state: tenacity.RetryCallState) -> float:
-    """Seconds until the next attempt: what the endpoint asks for, and no less than doubling gives."""
-    failure = _failure(state)
-    doubling = min(_FIRST_PAUSE_SECONDS * 2 ** (state.attempt_number - 1), _LONGEST_PAUSE_SECONDS)
-    return max(doubling, failure.retry_after or 0.0) if isinstance(failure, _Busy) else doubling
-
-
-def _given_up(state: tenacity.RetryCallState) -> bool:
-    """After the last attempt, or where the endpoint asks for more patience than a run should have."""
-    return state.attempt_number >= _ATTEMPTS_A_REQUEST or _pause(state) > _LONGEST_RETRY_AFTER_SECONDS
-
-
-def _seconds(retry_after: str | None) -> float | None:
-    """Of a header Retry-After, in seconds or as a date (RFC 9110, 10.2.3); None if it is neither."""
-    text = (retry_after or "").strip()
-    if re.fullmatch(r"[0-9]{1,9}", text):
-        return float(text)
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
-    except (ValueError, OverflowError):
-        return None
-
-
-def _key() -> SecretStr | None:
-    key = os.environ.get(KEY_VARIABLE, "").strip()
-    if key and not re.fullmatch(r"[\x21-\x7e]{4,}", key):
-        raise MatchingError(
-            f"the environment variable {KEY_VARIABLE} holds no key: four or more printable ASCII characters without "
-            "spaces; set it again, or unset it for an endpoint that needs none"
-        )
-    return SecretStr(key) if key else None
-
-
-def _address(endpoint: str, has_key: bool) -> str:
-    """The URL that questions are sent to. Raises `MatchingError` for one that would leak or hide something."""
-    try:
-        parts = urlsplit(endpoint)
-        # Reading the port checks it.
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        usable = False
-    if not usable:
-        raise MatchingError(
-            f"data.matching.endpoint={shortened(endpoint)!r} is no address; give one such as https://api.example.com/v1"
-        )
-    if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
-        raise MatchingError(
-            f"data.matching.endpoint at {parts.hostname} carries a user name, a password or a query, which would be "
-            f"written to every log; give the bare address, and the key in {KEY_VARIABLE}"
-        )
-    if has_key and parts.scheme == "http" and parts.hostname not in ("localhost", "127.0.0.1", "::1"):
-        raise MatchingError(
-            f"data.matching.endpoint={shortened(endpoint)} would be sent the key in the clear; "
-            f"give an https:// address, or unset {KEY_VARIABLE}"
-        )
-    return endpoint.rstrip("/") + "/chat/completions"
 
 
 def _digest(value: Any) -> str:

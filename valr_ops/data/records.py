@@ -238,6 +238,11 @@ def _looked_at_closely(text: str, field: str) -> str:
         if found["control"]:
             raise BadRecord("control_character", f"{field}: U+{ord(found[0]):04X} in {shown}")
         raise BadRecord("not_utf8", f"{field}: a lone surrogate in {shown}")
+    return escaped(text)
+
+
+def escaped(text: str) -> str:
+    """`text` in which no `RESERVED_TOKENS` is left that a tokenizer would read as a token."""
     return _RESERVED.sub(lambda token: "&lt;" + token[0][1:], text)
 
 

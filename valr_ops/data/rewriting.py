@@ -53,7 +53,8 @@ LATENT, LATENT_END, LATENT_PAD = "<latent>", "</latent>", "<|latent_pad|>"
 CONTROL_STRINGS = (LATENT, LATENT_END, LATENT_PAD)
 IMAGE_PAD = "<|image_pad|>"
 TURN_END = "<|im_end|>"
-INSTRUCTION = "Reason step by step, then write 'Answer:'."
+ANSWER_CUE = "Answer:"
+INSTRUCTION = f"Reason step by step, then write '{ANSWER_CUE}'."
 
 _MOST_PROCESSES = 8
 _RECORDS_WORTH_PROCESSES = 20_000
@@ -105,7 +106,7 @@ def prompt_messages(question: str, image_count: int) -> list[dict[str, Any]]:
 
 def response_pieces(steps: Iterable[str], answer: str) -> list[str]:
     """The response cut before every step and before the answer; its concatenation is what the model writes."""
-    return [*(f"{step.strip()}\n" for step in steps), f"Answer: {answer.strip()}{TURN_END}"]
+    return [*(f"{step.strip()}\n" for step in steps), f"{ANSWER_CUE} {answer.strip()}{TURN_END}"]
 
 
 def load_processor(folder: Path) -> Qwen2_5_VLProcessor:

@@ -31,6 +31,8 @@ _REFUSALS = (
 # No word boundary after the letter, as in the harness: "answer is clear" reads C.
 _ANSWER_IS = re.compile(r"answer\s+is\s+\**([ABCD])", re.IGNORECASE)
 
+_LAST_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+
 _LETTER_FORMATS = (("({})", 6), ("{}.", 5), ("{}:", 4), ("{})", 3), ("{} ", 2))
 _STARTS, _ENDS, _AFTER_PHRASE, _ANYWHERE = 10, 9, 7, 0
 # A longer phrase is not redundant beside its ending: the first places where the two occur differ.
@@ -141,6 +143,24 @@ def extract_letter(output: str, letters: str = USUAL_LETTERS) -> str | None:
     if not ranked:
         ranked = [(_ANYWHERE, text.rfind(letter), letter) for letter in letters if letter in text]
     return max(ranked)[2] if ranked else None
+
+
+def read_leniently(case: Case) -> bool:
+    """Whether somebody who reads kindly would find the gold answer in an answer that scored nothing.
+
+    It counts how many answers are lost to their form, and scores nothing: the one letter or option among the words, the
+    last number, or the gold's own words somewhere.
+    """
+    try:
+        gold = gold_letter(case)
+    except ScoringError:
+        numbers = _LAST_NUMBER.findall(case.output)
+        if _LAST_NUMBER.fullmatch(case.gold.strip()):
+            return bool(numbers) and float(numbers[-1]) == float(case.gold)
+        words = " ".join(case.output.translate(_PUNCTUATION_TO_SPACE).lower().split())
+        return f" {case.gold.lower().strip()} " in f" {words} "
+    letters = ascii_uppercase[: len(case.options)] or USUAL_LETTERS
+    return (sole_letter(case.output.upper(), letters)[0] or can_infer_text(case.output, case.options)) == gold
 
 
 def judged(letter: str | None, gold: str) -> Scored:

@@ -80,10 +80,26 @@ def lettered(options: Sequence[str], form: str = "{letter}. {text}") -> list[str
     return [form.format(letter=letter, text=text) for letter, text in zip("ABCDEFGHIJ", options)]
 
 
+def turn(number: int, kinds: int) -> int:
+    """A number for `Drawing.choices`, where `kinds` of question take turns and this one is question `number`.
+
+    From one question to the next, and from one of a kind to the next of that kind, the right option of 2, 3 or 4 moves
+    on by one place: neither all questions nor those of one kind have theirs in some places only.
+    """
+    return 12 * number + (number // kinds + number % kinds) % 12
+
+
 def png(pixels: UInt8Array) -> bytes:
     """Encoded pixels [height, width, 3]."""
     file = io.BytesIO()
     PIL.Image.fromarray(pixels).save(file, format="PNG")
+    return file.getvalue()
+
+
+def jpeg(pixels: UInt8Array) -> bytes:
+    """Encoded pixels [height, width, 3], nearly as they are."""
+    file = io.BytesIO()
+    PIL.Image.fromarray(pixels).save(file, format="JPEG", quality=95, subsampling=0)
     return file.getvalue()
 
 

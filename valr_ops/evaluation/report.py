@@ -1,157 +1,165 @@
-"""The stage `ablation_table`: all models side by side, as data, as a plot and as one page for people.
+"""The stage `report`: one page for people, of models, the paper's cells, the studies and what models wrote.
 
-In: the scores artifacts of the base model, SFT, VaLR-S and VaLR-M.
-Out: `table.json`, `table.csv`, `table.md`, `accuracy.png` and `report.html`, which needs no network and no other file.
-Always: models are compared item by item with SFT and only under one budget; every accuracy stands beside its interval
-and the majority answer; the paper's numbers are marked as what they are, another model on other benchmarks.
+In: the ablation table, the scores behind it and the studies; or any scores folders (`valr report`).
+Out: `report.html`, one file that needs no network, no script and no other file.
+Always: what a model wrote is text and never markup; images are inside the page; the items shown are the worst ones,
+spread over the benchmarks.
 """
 
 from __future__ import annotations
 
 import base64
-import csv
 import io
+import itertools
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from matplotlib.figure import Figure
-from rich.console import Group
-from rich.markup import escape
-from rich.table import Table
+import PIL.Image
+from markdown_it import MarkdownIt
+from markupsafe import Markup
 
-from valr_ops.evaluation.answers import LATENT_SEGMENT, LATENT_SLOT, without_control_tokens
-from valr_ops.evaluation.run import EXAMPLES, Budget, BudgetError, read_predictions, read_scores
-from valr_ops.evaluation.statistics import PairedDifference, paired_difference, smallest_detectable_difference
+from valr_ops.evaluation.ablation import (
+    CELLS,
+    FEW,
+    LABELS,
+    REFERENCE,
+    TABLE,
+    TITLES,
+    ComparisonError,
+    cells_sentence,
+    compare,
+    comparisons,
+    difference_words,
+    interval_words,
+    label,
+    model_name,
+    p_words,
+    percent,
+    points,
+    read_models,
+)
+from valr_ops.evaluation.answers import LATENT_SEGMENT, LATENT_SLOT, without_control_tokens, worst_first
+from valr_ops.evaluation.models import Budget, BudgetError
+from valr_ops.evaluation.paper_cells import (
+    Answers,
+    PaperCell,
+    number_words,
+    paper_cells,
+    table_name,
+    verdict_counts,
+)
+from valr_ops.evaluation.run import EXAMPLES, read_scores
 from valr_ops.recipe.recipes import paper_tables
 from valr_ops.store.artifacts import StageContext, StageReport
 
-LABELS = {"scores_base": "base", "scores_sft": "SFT", "scores_valr_s": "VaLR-S", "scores_valr_m": "VaLR-M"}
-"""Rows of the table, in order, by the stage that made the scores."""
-REFERENCE = "scores_sft"
-"""The row that the others are compared with."""
-SHOWN = "scores_valr_m"
-"""The row whose items are shown."""
-_PAPER_ROWS = {"qwen2.5-vl-7b": "base", "vanilla_sft": "SFT", "valr_s": "VaLR-S", "valr_m": "VaLR-M"}
-_PAPER_BENCHMARKS = {"blink": "BLINK", "mmvp": "MMVP", "mmstar": "MMStar", "vstar": "V*", "cv_bench": "CV-Bench"}
+STUDIES = ("scaling_curve", "visual_decay", "alignment_maps", "latent_check")
+"""Stages whose `result.md` and plots are sections of the page, in this order."""
+RESULT = "result.md"
+SHOWN_ITEMS = 10
+_SHOWN_MODEL = "valr_m"
+_SMALL_BYTES = 60_000
+_WIDEST_PIXELS = 1600
 
 
-def build_ablation_table(context: StageContext) -> StageReport:
-    """Stage `ablation_table`.
+def build_report(context: StageContext) -> StageReport:
+    """Stage `report`.
 
     Raises:
-        BudgetError: the scores were reached under different budgets or on different items.
         PredictionsError: a scores artifact does not hold one prediction for every item.
     """
-    table = compare(context.inputs, context.recipe.evaluation.confidence, context.recipe.scale)
-    (context.out / "table.json").write_text(
-        json.dumps(table, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
-    (context.out / "table.csv").write_text(_csv(table), encoding="utf-8")
-    preview = markdown(table)
-    (context.out / "table.md").write_text(preview + "\n", encoding="utf-8")
-    draw(table).savefig(context.out / "accuracy.png", dpi=110, metadata={"Software": None})
-    (context.out / "report.html").write_text(page(table, cards(context.inputs)), encoding="utf-8")
-
-    summary: dict[str, int | float | str] = {}
-    for name, benchmark in table["benchmarks"].items():
-        summary[f"majority_{name}"] = benchmark["majority"]["accuracy"]
-        for row in benchmark["rows"]:
-            model = row["model"].removeprefix("scores_")
-            summary[f"accuracy_{name}_{model}"] = row["accuracy"]
-            if row["against_reference"]:
-                summary[f"verdict_{name}_{model}"] = row["against_reference"]["verdict"]
-    return StageReport(
-        summary=summary, tables={"models side by side": preview}, plots=("accuracy.png",), report="report.html"
-    )
+    artifact = context.inputs["ablation_table"]
+    table = json.loads((artifact / TABLE).read_text(encoding="utf-8"))
+    cells = [PaperCell(**cell) for cell in json.loads((artifact / CELLS).read_text(encoding="utf-8"))]
+    folders = {
+        model_name(stage): folder for stage, folder in context.inputs.items() if stage.startswith("scores_")
+    }
+    items = cards(folders, read_models(folders))
+    found = [study(context.inputs[name]) for name in STUDIES if name in context.inputs]
+    (context.out / "report.html").write_text(page(table, cells, items, found), encoding="utf-8")
+    summary: dict[str, int | float | str] = {
+        "models": len(table["models"]),
+        "benchmarks": len(table["benchmarks"]),
+        "studies": len(found),
+        "items": len(items),
+    }
+    return StageReport(summary=summary, report="report.html")
 
 
-def compare(folders: Mapping[str, Path], confidence: float, scale: str) -> dict[str, Any]:
-    """The table as data: per benchmark one row a model, with its paired difference to SFT; shares in [0, 1].
+def write_page(
+    folders: Sequence[Path], out: Path, reference: str | None = None, allowed: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The same page for any scores folders, each called by its model's name; where that is not unique, by its own.
 
     Args:
-        folders: scores artifacts by stage name; SFT's is among them.
-        confidence: level of every interval.
-        scale: scale of the recipe, for the heading.
+        folders: what `valr evaluate` filled, or artifacts of stages `scores_*`.
+        out: the page.
+        reference: name of the model that the others are compared with; SFT, else the first one, without it.
+        allowed: fields in which models may differ, which the page then says.
+
+    Returns:
+        Where the page is, the models on it, the reference and the verdicts on the paper's cells.
 
     Raises:
-        BudgetError: different budgets or items.
-        PredictionsError: an incomplete scores artifact.
+        BudgetError: different budgets.
+        ComparisonError: different items or profiles, or no such reference.
+        PredictionsError: a folder without scores.
     """
-    names = [name for name in LABELS if name in folders]
-    scores = {name: read_scores(folders[name]) for name in names}
-    for name in names:
-        _require_comparable(scores, REFERENCE, name)
-    right: dict[str, dict[tuple[str, str], bool]] = {
-        name: {(row["benchmark"], row["id"]): row["correct"] for row in read_predictions(folders[name])}
-        for name in names
+    called = [model_name(read_scores(folder)["model"]["artifact"]) for folder in folders]
+    own = {
+        folder.resolve().name if called.count(name) > 1 else name: folder
+        for name, folder in zip(called, folders, strict=True)
     }
-    benchmarks = {}
-    for benchmark, of_reference in scores[REFERENCE]["benchmarks"].items():
-        items = [key for key in right[REFERENCE] if key[0] == benchmark]
-        differences = {
-            name: paired_difference(
-                [right[name][key] for key in items], [right[REFERENCE][key] for key in items], confidence
-            )
-            for name in names
-            if name != REFERENCE
-        }
-        benchmarks[benchmark] = {
-            "n": of_reference["n"],
-            "majority": of_reference["majority"],
-            "rejected": of_reference["rejected"],
-            "rows": [_row(name, scores[name], benchmark, differences.get(name)) for name in names],
-        }
-    return {
-        "scale": scale,
-        "confidence": confidence,
-        "budget": scores[REFERENCE]["budget"] | {"slots": {name: scores[name]["budget"]["slots"] for name in names}},
-        "benchmarks": benchmarks,
-        "paper": paper_rows(),
-    }
+    if len(own) != len(folders):
+        raise ComparisonError(f"two of the {len(folders)} folders have one name; rename one: {', '.join(own)}")
+    models = read_models(own)
+    chosen = reference or (REFERENCE if REFERENCE in models else next(iter(own)))
+    confidence = models[chosen][0]["confidence"] if chosen in models else 0.95
+    try:
+        table = compare(models, chosen, confidence, allowed=allowed)
+    except BudgetError as error:
+        raise BudgetError(f"{error}, or allow it: --allow-different FIELD") from None
+    cells = paper_cells(models, confidence)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(page(table, cells, cards(own, models), ()), encoding="utf-8")
+    return {"out": str(out), "models": list(models), "reference": chosen, "paper_cells": verdict_counts(cells)}
 
 
-def paper_rows() -> dict[str, Any]:
-    """The paper's rows of the same four models: scores in percent, another base model and other benchmarks."""
-    tables = paper_tables()["tables"]
-    video = {row["model"]: row["scores"]["avg"] for row in tables["1"]["rows"]}
-    images = {row["model"]: row["scores"] for row in tables["2"]["rows"]}
-    return {
-        "benchmarks": ["VSI-Bench", *_PAPER_BENCHMARKS.values()],
-        "rows": [
-            {
-                "label": label,
-                "model": model,
-                "scores": [video[model], *(images[model][key] for key in _PAPER_BENCHMARKS)],
-            }
-            for model, label in _PAPER_ROWS.items()
-        ],
-        "inconsistencies": list(paper_tables()["known_inconsistencies"]),
-    }
-
-
-def cards(folders: Mapping[str, Path]) -> list[dict[str, Any]]:
-    """VaLR-M's examples in their order: question, images as data URIs, reasoning, everyone's answer."""
-    names = [name for name in LABELS if name in folders]
-    shown = SHOWN if SHOWN in names else names[-1]
-    rows = {name: {(row["benchmark"], row["id"]): row for row in read_predictions(folders[name])} for name in names}
-    slots = read_scores(folders[shown])["budget"]["slots"]
+def cards(folders: Mapping[str, Path], models: Mapping[str, Answers]) -> list[dict[str, Any]]:
+    """Ten examples of VaLR-M, or of the last model: question, images as data URIs, reasoning, everyone's answer."""
+    shown = _SHOWN_MODEL if _SHOWN_MODEL in models else list(models)[-1]
+    rows = {name: {(row["benchmark"], row["id"]): row for row in answers[1]} for name, answers in models.items()}
+    listed = json.loads((folders[shown] / EXAMPLES).read_text(encoding="utf-8"))
+    files = {(example["benchmark"], example["id"]): example["images"] for example in listed}
+    slots = models[shown][0]["budget"]["slots"]
     result = []
-    for example in json.loads((folders[shown] / EXAMPLES).read_text(encoding="utf-8")):
-        key = (example["benchmark"], example["id"])
-        row = rows[shown][key]
+    for row in spread([rows[shown][key] for key in files]):
+        key = (row["benchmark"], row["id"])
         result.append(
             dict(row)
             | {
-                "model": LABELS[shown],
-                "images": [_data_uri(folders[shown] / file) for file in example["images"]],
+                "model": label(shown),
+                "title": TITLES.get(row["benchmark"], row["benchmark"]),
+                "images": [data_uri(folders[shown] / file) for file in files[key]],
                 "reasoning": reasoning(row["output"], slots),
-                "answers": [{"label": LABELS[name], **rows[name][key]} for name in names],
+                "answers": [{"label": label(name), **of_key[key]} for name, of_key in rows.items() if key in of_key],
             }
         )
     return result
+
+
+def spread(rows: Sequence[Mapping[str, Any]], count: int = SHOWN_ITEMS) -> list[Mapping[str, Any]]:
+    """Up to `count` rows, worst first, taken from all benchmarks in turn: of each the first, then the second, ..."""
+    of_benchmark: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        of_benchmark.setdefault(row["benchmark"], []).append(row)
+    rounds = itertools.zip_longest(*of_benchmark.values())
+    in_turn = [row for heads in rounds for row in worst_first([row for row in heads if row is not None])]
+    return worst_first(in_turn[:count])
 
 
 def reasoning(output: str, slots: int) -> list[dict[str, Any]]:
@@ -169,78 +177,43 @@ def reasoning(output: str, slots: int) -> list[dict[str, Any]]:
     return [part for part in parts if part.get("text") != ""]
 
 
-def markdown(table: Mapping[str, Any]) -> str:
-    """The table in Markdown, one section a benchmark, and the paper's rows below it."""
-    sections = []
-    for name, benchmark in table["benchmarks"].items():
-        lines = [f"### {name}: {_majority_sentence(benchmark)}", ""]
-        lines.append(f"| model | n | accuracy | {table['confidence']:.0%} interval | minus SFT | |")
-        lines.append("| --- | ---: | ---: | --- | --- | --- |")
-        for row in benchmark["rows"]:
-            lines.append("| " + " | ".join([row["label"], str(row["n"]), *_cells(row)]) + " |")
-        sections.append("\n".join(lines))
-    paper = table["paper"]
-    lines = ["### The paper: Qwen2.5-VL-7B on other benchmarks, not comparable with the rows above", ""]
-    lines.append("| model | " + " | ".join(paper["benchmarks"]) + " |")
-    lines.append("| --- |" + " ---: |" * len(paper["benchmarks"]))
-    for row in paper["rows"]:
-        lines.append(f"| {row['label']} | " + " | ".join(f"{score:.1f}" for score in row["scores"]) + " |")
-    return "\n\n".join([*sections, "\n".join(lines)])
+def study(folder: Path) -> dict[str, Any]:
+    """Title and body of a study: its sentences, and its plots that these don't show, by name.
+
+    Of Markdown, headings, lists, tables and images of the folder are kept; HTML and links stay as they are written.
+    """
+    environment: dict[str, Any] = {"shown": set()}
+
+    def image(renderer: Any, tokens: Any, index: int, options: Any, env: dict[str, Any]) -> str:
+        file = folder / Path(tokens[index].attrs["src"]).name
+        if not file.is_file() or file.suffix != ".png":
+            return ""
+        env["shown"].add(file.name)
+        return Markup('<img class="plot" src="{}" alt="{}">').format(data_uri(file), tokens[index].content)
+
+    markdown = MarkdownIt("commonmark", {"html": False}).enable("table").disable(["link", "autolink", "html_block"])
+    markdown.add_render_rule("image", image)
+    tokens = markdown.parse((folder / RESULT).read_text(encoding="utf-8"), environment)
+    title = folder.name.replace("_", " ")
+    if tokens and tokens[0].type == "heading_open":
+        title, tokens = tokens[1].content, tokens[3:]
+    for token in tokens:
+        if token.type.startswith("heading"):
+            token.tag = f"h{min(6, int(token.tag[1]) + 1)}"
+    # Autoescaping is off for what the renderer escaped itself.
+    body = markdown.renderer.render(tokens, markdown.options, environment)
+    body = body.replace("<table>", '<div class="scroll"><table>').replace("</table>", "</table></div>")
+    plots = [file for file in sorted(folder.glob("*.png")) if file.name not in environment["shown"]]
+    return {"title": title, "body": Markup(body), "plots": [(file.stem, data_uri(file)) for file in plots]}
 
 
-def terminal_table(folder: Path) -> Group:
-    """The table of an `ablation_table` artifact for the terminal; print it with rich."""
-    table = json.loads((folder / "table.json").read_text(encoding="utf-8"))
-    shown: list[Table] = []
-    for name, benchmark in table["benchmarks"].items():
-        drawn = Table(title=f"{escape(name)}, {benchmark['n']} items", title_justify="left", title_style="bold")
-        drawn.add_column("model")
-        for heading in ("accuracy", f"{table['confidence']:.0%} interval", "minus SFT", ""):
-            drawn.add_column(heading, justify="left" if not heading else "right")
-        majority = benchmark["majority"]
-        drawn.add_row(escape(f"always {majority['answer']!r}"), percent(majority["accuracy"]), style="dim")
-        for row in benchmark["rows"]:
-            drawn.add_row(row["label"], *_cells(row), style="bold" if row["label"].startswith("VaLR") else "")
-        shown.append(drawn)
-    paper = table["paper"]
-    drawn = Table(
-        title="The paper: Qwen2.5-VL-7B, other benchmarks", title_justify="left", title_style="dim", style="dim"
-    )
-    drawn.add_column("model")
-    for benchmark in paper["benchmarks"]:
-        drawn.add_column(benchmark, justify="right")
-    for row in paper["rows"]:
-        drawn.add_row(row["label"], *(f"{score:.1f}" for score in row["scores"]), style="dim")
-    return Group(*shown, drawn)
-
-
-def draw(table: Mapping[str, Any]) -> Figure:
-    """Bars with intervals against the majority line, one panel a benchmark."""
-    benchmarks = table["benchmarks"]
-    figure = Figure(figsize=(6.4, 0.7 + 2.0 * len(benchmarks)), layout="constrained")
-    panels = figure.subplots(len(benchmarks), squeeze=False)[:, 0]
-    for panel, (name, benchmark) in zip(panels, benchmarks.items(), strict=True):
-        rows = benchmark["rows"]
-        shares = [100 * row["accuracy"] for row in rows]
-        reach = [
-            [100 * (row["accuracy"] - row["low"]) for row in rows],
-            [100 * (row["high"] - row["accuracy"]) for row in rows],
-        ]
-        colours = ["#0f766e" if row["label"].startswith("VaLR") else "#94a3b8" for row in rows]
-        labels = [row["label"] for row in rows]
-        panel.barh(labels, shares, xerr=reach, color=colours, ecolor="#1f2937", capsize=3, height=0.62)
-        majority = 100 * benchmark["majority"]["accuracy"]
-        panel.axvline(majority, color="#b45309", linestyle="--", linewidth=1.2)
-        panel.invert_yaxis()
-        title = f"{name}, n = {benchmark['n']}; dashed: majority answer, {majority:.1f} %"
-        panel.set(xlim=(0, 100), xlabel="accuracy, %")
-        panel.set_title(title, fontsize="medium", loc="left")
-        panel.spines[["top", "right"]].set_visible(False)
-    return figure
-
-
-def page(table: Mapping[str, Any], item_cards: Sequence[Mapping[str, Any]]) -> str:
-    """The report: one HTML page without scripts and without references to anything outside it."""
+def page(
+    table: Mapping[str, Any],
+    cells: Sequence[PaperCell],
+    item_cards: Sequence[Mapping[str, Any]],
+    studies: Sequence[Mapping[str, Any]],
+) -> str:
+    """One HTML page without scripts and without references to anything outside it."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("valr_ops.evaluation", "."),
         autoescape=True,
@@ -252,120 +225,121 @@ def page(table: Mapping[str, Any], item_cards: Sequence[Mapping[str, Any]]) -> s
     environment.filters |= {
         "percent": percent,
         "points": points,
+        "interval": interval_words,
+        "difference": difference_words,
+        "p_value": p_words,
+        "number_words": number_words,
+        "total": _total,
         "unbroken": lambda text: text.replace(" %", "\u00a0%"),
     }
-    benchmarks = table["benchmarks"]
     return environment.get_template("report.html.j2").render(
         table=table,
+        reference=label(table["reference"]),
+        few=FEW,
         cards=item_cards,
-        headlines={name: _headline(benchmark) for name, benchmark in benchmarks.items()},
-        sentences={name: _majority_sentence(benchmark) for name, benchmark in benchmarks.items()},
+        studies=studies,
+        headlines=_headlines(table),
+        comparisons=comparisons(table),
+        paper_sentence=cells_sentence(cells),
+        paper_groups=_paper_groups(cells),
+        inconsistencies=_inconsistencies(),
+        budget=_budget_rows(table),
     )
 
 
-def percent(share: float) -> str:
-    """A share as a percentage with one digit."""
-    return f"{100 * share:.1f} %"
+def data_uri(image: Path) -> str:
+    """A PNG file as a data URI; a large one as WebP, so that a page with a hundred pictures can be mailed."""
+    data, kind = image.read_bytes(), "png"
+    if len(data) > _SMALL_BYTES:
+        with PIL.Image.open(image) as opened:
+            opened.thumbnail((_WIDEST_PIXELS, 4 * _WIDEST_PIXELS))
+            packed = io.BytesIO()
+            opened.convert("RGB").save(packed, "WEBP", quality=82)
+        if packed.tell() < len(data):
+            data, kind = packed.getvalue(), "webp"
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def points(difference: float) -> str:
-    """A difference of shares in percentage points, signed."""
-    return f"{100 * difference:+.1f}".replace("-", "−")
+def _headlines(table: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """A sentence for each benchmark of enough items and one for the others together."""
+    said = []
+    for benchmark in table["benchmarks"].values():
+        if benchmark["n"] >= FEW:
+            best = max(benchmark["rows"], key=lambda row: row["accuracy"])
+            beside = {"above": "above", "below": "below", "within noise": "within noise of"}[best["against_majority"]]
+            majority = percent(benchmark["majority"]["accuracy"])
+            words = f"{best['label']} is best with {percent(best['accuracy'])}, {beside} the majority answer's {majority}"
+            said.append((f"{benchmark['title']}, {benchmark['n']:,} items", words + _against(best, table)))
+    if table["pooled"]:
+        pooled = table["pooled"]
+        best = max(pooled["rows"], key=lambda row: row["accuracy"])
+        words = f"{best['label']} is best with {percent(best['accuracy'])} of the {pooled['n']:,} items"
+        names = [table["benchmarks"][name]["title"] for name in pooled["benchmarks"]]
+        title = f"{', '.join(names)}, fewer than {FEW} items{' each' if len(names) > 1 else ''}"
+        said.append((title, words + _against(best, table)))
+    return said
 
 
-def _require_comparable(scores: Mapping[str, Mapping[str, Any]], first: str, second: str) -> None:
-    one, other = scores[first], scores[second]
-    Budget(**one["budget"]).require_comparable(Budget(**other["budget"]), (first, second))
-    items = [{name: score["items"] for name, score in each["benchmarks"].items()} for each in (one, other)]
-    if items[0] != items[1]:
-        different = sorted(
-            name for name in items[0].keys() | items[1].keys() if items[0].get(name) != items[1].get(name)
-        )
-        raise BudgetError(
-            f"{first} and {second} answered different items of {', '.join(different)}. "
-            "Score both again on the same sources"
-        )
-
-
-def _row(name: str, scores: Mapping[str, Any], benchmark: str, difference: PairedDifference | None) -> dict[str, Any]:
-    score = scores["benchmarks"][benchmark]
-    low, high = score["interval"]
-    majority = score["majority"]["accuracy"]
-    against = None
-    if difference is not None:
-        discordant = (difference.gained + difference.lost) / difference.n
-        against = {
-            "difference": round(difference.difference, 6),
-            "low": round(difference.low, 6),
-            "high": round(difference.high, 6),
-            "p_value": round(difference.p_value, 6),
-            "gained": difference.gained,
-            "lost": difference.lost,
-            "verdict": difference.verdict,
-            "detectable": round(smallest_detectable_difference(difference.n, discordant, difference.confidence), 6),
-        }
-    return {
-        "model": name,
-        "label": LABELS[name],
-        "n": score["n"],
-        "correct": score["correct"],
-        "accuracy": score["accuracy"],
-        "low": low,
-        "high": high,
-        "against_majority": "above" if low > majority else "below" if high < majority else "within noise",
-        "against_reference": against,
-        "latent_trigger_rate": score["latent_trigger_rate"],
-        "mean_segments": score["mean_segments"],
-        "mean_text_tokens": score["mean_text_tokens"],
-        "mean_latent_steps": score["mean_latent_steps"],
-        "unresolved": score["unresolved"],
-        "cut_off": score["cut_off"],
-    }
-
-
-def _cells(row: Mapping[str, Any]) -> list[str]:
-    """Accuracy, interval, difference to SFT, verdict."""
+def _against(row: Mapping[str, Any], table: Mapping[str, Any]) -> str:
     against = row["against_reference"]
-    difference = (
-        f"{points(against['difference'])} ({points(against['low'])} to {points(against['high'])})" if against else ""
-    )
-    interval = f"{100 * row['low']:.1f} to {100 * row['high']:.1f}"
-    return [percent(row["accuracy"]), interval, difference, against["verdict"] if against else ""]
+    if not against:
+        return "."
+    low, high = points(against["low"]), points(against["high"])
+    difference = f"{points(against['difference'])} points ({low} to {high}), {against['verdict']}"
+    return f"; against {label(table['reference'])} {difference}."
 
 
-def _majority_sentence(benchmark: Mapping[str, Any]) -> str:
-    majority = benchmark["majority"]
-    return f"always answering {majority['answer']!r} gives {percent(majority['accuracy'])}"
+def _paper_groups(cells: Sequence[PaperCell]) -> list[dict[str, Any]]:
+    """The paper's tables as rows and columns of cells."""
+    titles = {number: table["what"] for number, table in paper_tables()["tables"].items()}
+    groups = []
+    for number in dict.fromkeys(cell.table for cell in cells):
+        of_table = [cell for cell in cells if cell.table == number]
+        at = {(cell.row, cell.column): cell for cell in of_table}
+        columns = list(dict.fromkeys(cell.column for cell in of_table))
+        counts = verdict_counts(of_table)
+        groups.append(
+            {
+                "name": table_name(number),
+                "title": titles[number],
+                "columns": [TITLES.get(column, column.replace("_", " ")) for column in columns],
+                "rows": [
+                    (row, at[row, columns[0]].model, [at[row, column] for column in columns])
+                    for row in dict.fromkeys(cell.row for cell in of_table)
+                ],
+                "counts": ", ".join(f"{count} {verdict}" for verdict, count in counts.items()),
+                "notes": list(dict.fromkeys(cell.note for cell in of_table if cell.note)),
+            }
+        )
+    return groups
 
 
-def _headline(benchmark: Mapping[str, Any]) -> str:
-    best = max(benchmark["rows"], key=lambda row: row["accuracy"])
-    against = best["against_reference"]
-    beside_majority = {"above": "above", "below": "below", "within noise": "within noise of"}[best["against_majority"]]
-    said = f"{best['label']} is best with {percent(best['accuracy'])}, {beside_majority} the majority answer's "
-    said += percent(benchmark["majority"]["accuracy"])
-    if against:
-        low, high = points(against["low"]), points(against["high"])
-        said += f"; against SFT {points(against['difference'])} points ({low} to {high}), {against['verdict']}"
-    return said + "."
+def _inconsistencies() -> list[str]:
+    said = []
+    for one in paper_tables()["known_inconsistencies"]:
+        where = ", ".join(one["where"])
+        values = [f"{name.replace('_', ' ')} {', '.join(map(str, one[name]))}" for name in one if isinstance(one[name], list) and name != "where"]
+        said.append(f"Tables {where}: {one['about']} ({'; '.join(values)})")
+    return said
 
 
-def _csv(table: Mapping[str, Any]) -> str:
-    compared = ("difference", "low", "high", "p_value", "gained", "lost", "verdict")
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    plain = [
-        *("label", "n", "correct", "accuracy", "low", "high", "against_majority", "latent_trigger_rate"),
-        *("mean_segments", "mean_text_tokens", "mean_latent_steps", "unresolved", "cut_off"),
-    ]
-    writer.writerow(["benchmark", "majority", *plain, *(f"minus_sft_{name}" for name in compared)])
-    for name, benchmark in table["benchmarks"].items():
-        for row in benchmark["rows"]:
-            against = row["against_reference"] or dict.fromkeys(compared, "")
-            cells = [row[column] for column in plain] + [against[column] for column in compared]
-            writer.writerow([name, benchmark["majority"]["accuracy"], *cells])
-    return out.getvalue()
+def _budget_rows(table: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Each field with its value, or, where models differ, with everyone's."""
+    rows = []
+    for name in (field.name for field in fields(Budget)):
+        values = {label(model): budget[name] for model, budget in table["budgets"].items()}
+        if len(Counter(map(str, values.values()))) == 1:
+            shown = str(next(iter(values.values())))
+        else:
+            shown = ", ".join(f"{model} {value}" for model, value in values.items())
+        rows.append((name.replace("_", " "), shown))
+    return rows
 
 
-def _data_uri(image: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(image.read_bytes()).decode()
+def _total(value: Any) -> str:
+    """A total as its profile prints it."""
+    if isinstance(value, list):
+        return ", ".join(value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "a part is missing" if value is None else str(value)

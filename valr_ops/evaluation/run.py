@@ -1,125 +1,62 @@
-"""The stages `scores_*`: ask a model every test question, and score what it said.
+"""The stages `scores_*`: ask a model every question, and score what it said.
 
-In: a model folder and the sources; every jsonl source is a benchmark.
-Out: `predictions.jsonl` (one line an item, raw and isolated text side by side), `scores.json` (per benchmark accuracy
-with its interval, the majority answer, what the latents did) with the budget it was reached under, and the images of
-a few items for people to read.
-Always: asking and judging are separate; an answer is on the disk before the next batch is asked, so a killed run goes
-on where it stopped and no item is asked twice or lost; scores reached under different budgets can't be compared.
-This module needs torch only where `open_answerer` is called, so that existing predictions can be judged without it.
+In: a model, and benchmarks: drawn or in the user's folders, and the test records of every jsonl source.
+Out: `predictions.jsonl` (one line an item, raw and isolated text side by side), `scores.json` (per benchmark the score
+with its interval, the totals of its profile, the majority answer, what the latents did) with the budget it was reached
+under, and the images of a few items for people to read.
+Always: asking and scoring are separate; an answer is on the disk before the next batch is asked, so a killed run goes
+on where it stopped and no item is asked twice or lost; an item that was not answered is never scored as if it were.
+This module needs torch only where a model is opened, so that existing answers can be scored without it.
 """
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 import json
+import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import PIL.Image
-
+from valr_ops.data.records import BadRecord
 from valr_ops.data.sources import read_source
-from valr_ops.evaluation.answers import ISOLATION, examples, isolate
-from valr_ops.evaluation.benchmarks import Benchmark, BenchmarkError, Item
-from valr_ops.evaluation.benchmarks.jsonl import JsonlBenchmark
-from valr_ops.evaluation.statistics import majority_answer, wilson_interval
-from valr_ops.recipe.recipe import Recipe
-from valr_ops.store.artifacts import Check, StageContext, StageReport, directory_digest
+from valr_ops.evaluation.answers import Isolated, examples, isolate
+from valr_ops.evaluation.benchmarks import BenchmarkError, Item
+from valr_ops.evaluation.choices import read_leniently
+from valr_ops.evaluation.models import Answerer, Said, digest, open_answerer
+from valr_ops.evaluation.questions import Benchmark, Showing, benchmark_of_recipe, benchmark_of_records
+from valr_ops.evaluation.scoring import Case, Scored, score
+from valr_ops.evaluation.statistics import majority_answer, score_interval
+from valr_ops.store.artifacts import Check, StageContext, StageReport
 from valr_ops.store.progress import Progress
 
 PREDICTIONS = "predictions.jsonl"
 SCORES = "scores.json"
 EXAMPLES = "examples.json"
 _THUMBNAIL_PIXELS = 320
+_MOST_PICTURES = 8
+"""Of an item, in the examples."""
 
-Prompt = tuple[list[PIL.Image.Image], str]
 Question = tuple[Benchmark, Item]
 
 
-class BudgetError(ValueError):
-    """Scores reached under different budgets were to be compared: the message names the field that differs."""
-
-
 class PredictionsError(ValueError):
-    """A predictions file that does not hold exactly one line for every item: which ids, where, and what to do."""
+    """Answers that do not belong to the items, one for each: which ids, where, and what to do."""
 
 
-class Generated(Protocol):
-    """What is kept of one generated answer."""
+class UnansweredError(RuntimeError):
+    """Items that got no answer; those that did are on the disk, and the same command asks the others again."""
 
-    @property
-    def text(self) -> str: ...
-    @property
-    def segments(self) -> int: ...
-    @property
-    def text_tokens(self) -> int: ...
-    @property
-    def latent_steps(self) -> int: ...
-    @property
-    def finish_reason(self) -> str: ...
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What a score was allowed; two scores are comparable only if these agree."""
-
-    isolation: str
-    """Rule that reads the answer out of the text."""
-    prompt: str
-    """Digest of the rendered prompt around an empty question."""
-    engine: str
-    """What generates."""
-    precision: str
-    decoding: str
-    max_new_tokens: int
-    """Text and control tokens; slots are not counted."""
-    max_segments: int
-    force_first_latent: bool
-    min_pixels: int
-    max_pixels: int
-    """Bounds on an image's pixels."""
-    seed: int
-    slots: int
-    """Slots fed in a segment, 0 for a model without latents. The one field in which models differ by design."""
-    latent_settle: float | None = None
-    """Cosine of successive latents from which a segment ended early; None where it always had all its slots."""
-
-    def require_comparable(self, other: Budget, names: tuple[str, str]) -> None:
-        """Raise `BudgetError` unless the two budgets agree in everything but `slots`."""
-        first, second = asdict(self), asdict(other)
-        different = [
-            f"{field} is {first[field]!r} for {names[0]} and {second[field]!r} for {names[1]}"
-            for field in first
-            if field != "slots" and first[field] != second[field]
-        ]
-        if different:
-            raise BudgetError(
-                f"{names[0]} and {names[1]} were scored under different budgets: {'; '.join(different)}. "
-                "Score both again with the same evaluation settings"
-            )
-
-
-@dataclass(frozen=True)
-class Answerer:
-    """A model ready to answer."""
-
-    artifact: str
-    """Name of the stage that made it."""
-    generate: Callable[[list[Prompt]], Sequence[Generated]]
-    """One answer a prompt, in order."""
-    budget: Budget
-    digest: str
-    """Of the model's folder."""
+    exit_status = 75
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model said to one item, not yet judged."""
+    """What a model said to one item, not yet scored: a line of a journal."""
 
     benchmark: str
     id: str
@@ -128,170 +65,155 @@ class Prediction:
     text_tokens: int
     latent_steps: int
     finish_reason: str
+    seconds: float = 0.0
+    error: str = ""
+    """Why there is no answer."""
+    shown: bool = True
+    """False where the item could not be shown: its picture is damaged, and asking again does not help."""
+
+    @property
+    def answered(self) -> bool:
+        """Whether there is nothing left to ask."""
+        return not self.error or not self.shown
 
 
 def build_scores(context: StageContext) -> StageReport:
-    """Stage `scores_*`: the model is the input that is not `sources`.
+    """Stage `scores_*`: the model is the input that is neither `sources` nor `benchmarks`.
 
     Raises:
-        BenchmarkError: no source has test items.
+        BenchmarkError: nothing to ask, or a benchmark that is not whole.
         PredictionsError: the answers of an earlier, killed run do not belong to these items.
+        UnansweredError: an endpoint left items unanswered.
     """
-    name, folder = next((name, folder) for name, folder in context.inputs.items() if name != "sources")
-    benchmarks = open_benchmarks(context.recipe, context.inputs["sources"])
-    context.progress.say(
-        f"asking {name}: " + ", ".join(f"{len(one.items())} items of {one.name}" for one in benchmarks)
-    )
+    name, folder = next((name, at) for name, at in context.inputs.items() if name not in ("sources", "benchmarks"))
+    benchmarks = open_benchmarks(context)
+    context.progress.say(f"asking {name}: " + ", ".join(f"{len(one.items)} items of {one.name}" for one in benchmarks))
     return score_model(context, benchmarks, open_answerer(name, folder, context.recipe))
 
 
 def score_model(context: StageContext, benchmarks: Sequence[Benchmark], answerer: Answerer) -> StageReport:
-    """Ask, judge and write the artifact; the part of the stage that is the same for every kind of model."""
-    questions = [(benchmark, item) for benchmark in benchmarks for item in benchmark.items()]
+    """Ask, score and write the artifact; the part of the stage that is the same for every kind of model."""
+    questions = [(benchmark, item) for benchmark in benchmarks for item in benchmark.items]
     batch_size = context.recipe.evaluation.batch_size
-    key = _digest([answerer.digest, asdict(answerer.budget), _items_digest(questions), batch_size])
+    revisions = [(one.name, one.revision, len(one.items)) for one in benchmarks]
+    key = digest([answerer.digest, asdict(answerer.budget), revisions, batch_size])
     journal = context.work / f"answers-{key}.jsonl"
 
-    done = answers_so_far(journal, questions, batch_size)
+    done = answers_so_far(journal, questions)
     started = time.monotonic()
     predictions = ask(questions, done, answerer, journal, batch_size, context.progress)
     seconds = time.monotonic() - started
-
-    rows = judge(questions, predictions)
-    confidence = context.recipe.evaluation.confidence
-    scores: dict[str, Any] = {
-        "budget": asdict(answerer.budget),
-        "confidence": confidence,
-        "model": {"artifact": answerer.artifact, "digest": answerer.digest},
-        "benchmarks": {
-            one.name: summarise(one, [row for row in rows if row["benchmark"] == one.name], confidence)
-            for one in benchmarks
-        },
-    }
-    _write_lines(context.out / PREDICTIONS, rows)
-    _write_json(context.out / SCORES, scores)
-    _write_examples(context.out, questions, rows)
-
-    summary: dict[str, int | float | str] = {"items": len(rows), "unresolved": sum(not row["resolved"] for row in rows)}
-    for name, score in scores["benchmarks"].items():
-        summary |= {
-            f"accuracy_{name}": score["accuracy"],
-            f"accuracy_low_{name}": score["interval"][0],
-            f"accuracy_high_{name}": score["interval"][1],
-            f"majority_{name}": score["majority"]["accuracy"],
-            f"latent_trigger_rate_{name}": score["latent_trigger_rate"],
-        }
+    require_answers(predictions)
+    report = write_scores(context.out, benchmarks, predictions, answerer, context.recipe.evaluation.confidence)
     timings = {"generation_seconds": seconds}
-    if len(rows) > len(done):
-        timings["items_per_second"] = (len(rows) - len(done)) / seconds
+    if len(predictions) > len(done):
+        timings["items_per_second"] = (len(predictions) - len(done)) / seconds
     return StageReport(
-        summary=summary,
-        tables={"scores": scores_markdown(scores), "items, worst first": items_markdown(examples(rows))},
+        summary=report.summary,
+        tables=report.tables,
         checks=(every_item_answered(context.out, questions),),
         timings=timings,
     )
 
 
-def open_benchmarks(recipe: Recipe, sources: Path) -> list[Benchmark]:
-    """A benchmark for every jsonl source that has a test split, in the order of the recipe.
+def write_scores(
+    out: Path, benchmarks: Sequence[Benchmark], predictions: Sequence[Prediction], answerer: Answerer, confidence: float
+) -> StageReport:
+    """Score `predictions` and write the files of a scores artifact into `out`; no model is needed."""
+    questions = [(benchmark, item) for benchmark in benchmarks for item in benchmark.items]
+    rows = judge(questions, predictions)
+    of_benchmark = {one.name: [row for row in rows if row["benchmark"] == one.name] for one in benchmarks}
+    scores: dict[str, Any] = {
+        "budget": asdict(answerer.budget),
+        "confidence": confidence,
+        "model": {"artifact": answerer.name, "digest": answerer.digest},
+        "benchmarks": {one.name: summarise(one, of_benchmark[one.name], confidence) for one in benchmarks},
+    }
+    _write_lines(out / PREDICTIONS, rows)
+    _write_json(out / SCORES, scores)
+    _write_examples(out, questions, rows)
+
+    asked = [row for row in rows if row["status"] != "rejected"]
+    summary: dict[str, int | float | str] = {
+        "items": len(asked),
+        "unresolved": sum(not row["resolved"] for row in asked),
+    }
+    for name, found in scores["benchmarks"].items():
+        summary |= {
+            f"accuracy_{name}": found["accuracy"],
+            f"accuracy_low_{name}": found["interval"][0],
+            f"accuracy_high_{name}": found["interval"][1],
+            f"majority_{name}": found["majority"]["accuracy"],
+            f"latent_trigger_rate_{name}": found["latent_trigger_rate"],
+            f"format_misses_{name}": found["format_misses"],
+        }
+    tables = {"scores": scores_markdown(scores), "items, worst first": items_markdown(examples(asked))}
+    return StageReport(summary=summary, tables=tables)
+
+
+def open_benchmarks(context: StageContext) -> list[Benchmark]:
+    """A benchmark for every jsonl source that has a test split, and those of the recipe, in the order of the recipe.
 
     Raises:
-        BenchmarkError: no source has a test split, or one has a test split without a usable record.
+        BenchmarkError: nothing to ask, or a benchmark that is not whole.
     """
-    names = [name for name, source in recipe.data.sources.items() if source.format == "jsonl"]
-    records = {name: list(read_source(name, recipe, sources, "test")) for name in names}
-    limit = recipe.evaluation.limit
-    benchmarks: list[Benchmark] = [JsonlBenchmark(name, found, limit) for name, found in records.items() if found]
-    if not benchmarks:
+    recipe = context.recipe
+    showing = Showing.of(context)
+    sources = [name for name, source in recipe.data.sources.items() if source.format == "jsonl"]
+    found: list[Benchmark] = []
+    for name in sources:
+        records = list(read_source(name, recipe, context.inputs["sources"], "test"))
+        if records:
+            drawn = recipe.data.sources[name].path is None
+            found.append(benchmark_of_records(name, records, showing, recipe.evaluation.limit, drawn))
+    found += [
+        benchmark_of_recipe(name, recipe, context.inputs["benchmarks"], showing, recipe.evaluation.limit)
+        for name in recipe.evaluation.benchmarks
+    ]
+    if not found:
         raise BenchmarkError(
-            f"no source has test items: data.sources has {sorted(recipe.data.sources)}, in the format jsonl "
-            f"{names or 'none'}. Put a test.jsonl beside train.jsonl, or add a source that has one: "
-            "data.sources.mine.format=jsonl and data.sources.mine.path=FOLDER"
+            f"nothing to ask: data.sources has {sorted(recipe.data.sources)}, in the format jsonl "
+            f"{sources or 'none'} and without test items, and evaluation.benchmarks is empty. Put a test.jsonl beside "
+            "train.jsonl, or name a benchmark: evaluation.benchmarks.vsi_bench.path=FOLDER"
         )
-    return benchmarks
+    twice = [name for name, count in Counter(one.name for one in found).items() if count > 1]
+    if twice:
+        raise BenchmarkError(f"evaluation.benchmarks.{twice[0]} has the name of a source; give it another one")
+    return found
 
 
-def open_answerer(name: str, folder: Path, recipe: Recipe) -> Answerer:
-    """The model in `folder`, made by the stage `name`, answering greedily.
-
-    It uses latents exactly if its config says how many slots a segment has.
-    """
-    import torch
-
-    from valr_ops.data.rewriting import prompt_messages
-    from valr_ops.model.answering import generate_answers
-    from valr_ops.model.decoding import ValrForConditionalGeneration, fed_slots
-    from valr_ops.model.qwen import load_model
-
-    torch.set_num_threads(recipe.runtime.threads)
-    torch.manual_seed(recipe.seed)
-    precision = "bfloat16" if recipe.runtime.device == "cuda" else "float32"
-    model, processor = load_model(folder, recipe.runtime.device, precision, ValrForConditionalGeneration)
-    slots = fed_slots(model.config)
-    limits = recipe.evaluation
-    prompt = processor.apply_chat_template(prompt_messages("", 1), add_generation_prompt=True, tokenize=False)
-    size = processor.image_processor.size
-
-    def generate(prompts: list[Prompt]) -> Sequence[Generated]:
-        return generate_answers(
-            model,
-            processor,
-            prompts,
-            max_new_tokens=limits.max_new_tokens,
-            max_segments=limits.max_segments,
-            force_first_latent=limits.force_first_latent,
-            settle=limits.latent_settle,
-        )
-
-    budget = Budget(
-        isolation=ISOLATION,
-        prompt=_digest(prompt),
-        engine="valr_ops",
-        precision=precision,
-        decoding="greedy",
-        max_new_tokens=limits.max_new_tokens,
-        max_segments=limits.max_segments,
-        force_first_latent=limits.force_first_latent,
-        min_pixels=int(size["shortest_edge"]),
-        max_pixels=int(size["longest_edge"]),
-        seed=recipe.seed,
-        slots=slots,
-        latent_settle=limits.latent_settle,
-    )
-    return Answerer(name, generate, budget, directory_digest(folder))
-
-
-def answers_so_far(journal: Path, questions: Sequence[Question], batch_size: int) -> list[Prediction]:
-    """Answers that an earlier, killed run left in `journal`, whole batches only; the rest is cut off the file.
-
-    Batches are always cut from the whole list of questions, so an item is answered beside the same neighbours whether
-    or not a run was killed.
+def answers_so_far(journal: Path, questions: Sequence[Question]) -> dict[tuple[str, str], Prediction]:
+    """Answers that an earlier run left in `journal`, the last one of each item; a torn last line is cut off the file.
 
     Raises:
         PredictionsError: `journal` answers other questions.
     """
     if not journal.exists():
-        return []
+        return {}
     lines = [line for line in journal.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-    count = len(lines) if len(lines) == len(questions) else len(lines) // batch_size * batch_size
-    predictions = [Prediction(**json.loads(line)) for line in lines[:count]]
-    if len(lines) > len(questions):
-        raise PredictionsError(
-            f"{journal.name} has {len(lines)} answers to {len(questions)} items; remove the file and run again"
-        )
-    for number, (prediction, (_, item)) in enumerate(zip(predictions, questions, strict=False), start=1):
-        if (prediction.benchmark, prediction.id) != (item.benchmark, item.id):
+    asked = {(item.benchmark, item.id) for _, item in questions}
+    found: dict[tuple[str, str], Prediction] = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            prediction = Prediction(**json.loads(line))
+        except (ValueError, TypeError) as error:
             raise PredictionsError(
-                f"{journal.name}, line {number} answers {prediction.id} of {prediction.benchmark}, but item {number} "
-                f"is {item.id} of {item.benchmark}; remove the file and run again"
+                f"{journal.name}, line {number} is no answer ({error}); remove the line, or the file, and run again"
+            ) from None
+        if (prediction.benchmark, prediction.id) not in asked:
+            raise PredictionsError(
+                f"{journal.name}, line {number} answers {prediction.id} of {prediction.benchmark}, which is none of "
+                f"the {len(questions)} items; remove the file and run again"
             )
-    os.truncate(journal, sum(len(line) for line in lines[:count]))
-    return predictions
+        if prediction.answered:
+            found[prediction.benchmark, prediction.id] = prediction
+    os.truncate(journal, sum(len(line) for line in lines))
+    return found
 
 
 def ask(
     questions: Sequence[Question],
-    done: Sequence[Prediction],
+    done: Mapping[tuple[str, str], Prediction],
     answerer: Answerer,
     journal: Path,
     batch_size: int,
@@ -299,28 +221,65 @@ def ask(
 ) -> list[Prediction]:
     """One prediction for every question, in order.
 
-    `done` are the predictions of the first questions; the others are asked, and each batch is on the disk in
-    `journal` before the next one begins.
+    Batches are cut from the whole list of questions, and one with an item that is not in `done` is asked again as a
+    whole, so that an item is answered beside the same neighbours whether or not a run was killed. Each batch is on the
+    disk in `journal` before the next one begins.
     """
 
     def answered() -> Iterator[Prediction]:
         with journal.open("ab") as file:
-            for start in range(len(done), len(questions), batch_size):
+            for start in range(0, len(questions), batch_size):
                 batch = questions[start : start + batch_size]
-                answers = answerer.generate([benchmark.prompt(item) for benchmark, item in batch])
-                fresh = [_prediction(item, answer) for (_, item), answer in zip(batch, answers, strict=True)]
+                keys = [(item.benchmark, item.id) for _, item in batch]
+                if all(key in done for key in keys):
+                    continue
+                fresh = _ask_batch(batch, answerer)
                 file.write("".join(_line(asdict(one)) for one in fresh).encode())
                 file.flush()
                 os.fsync(file.fileno())
-                yield from fresh
+                yield from (one for one, key in zip(fresh, keys, strict=True) if key not in done)
 
-    return [*done, *progress.track(answered(), "answers", total=len(questions), done=len(done))]
+    fresh = {
+        (one.benchmark, one.id): one
+        for one in progress.track(answered(), "answers", total=len(questions), done=len(done))
+    }
+    # An answer that is in both is the same one.
+    return [(dict(done) | fresh)[item.benchmark, item.id] for _, item in questions]
+
+
+def _ask_batch(batch: Sequence[Question], answerer: Answerer) -> list[Prediction]:
+    prompts, damaged = [], {}
+    for number, (benchmark, item) in enumerate(batch):
+        try:
+            prompts.append(benchmark.prompt(item))
+        except BadRecord as error:
+            damaged[number] = f"{error.reason}: {error.detail}"
+    said = iter(answerer.generate(prompts) if prompts else ())
+    return [
+        _prediction(item, Said("", 0, "error", error=damaged[number]), shown=False)
+        if number in damaged
+        else _prediction(item, next(said))
+        for number, (_, item) in enumerate(batch)
+    ]
+
+
+def require_answers(predictions: Sequence[Prediction]) -> None:
+    """Raise `UnansweredError` if an item was shown and not answered."""
+    missing = [one for one in predictions if not one.answered]
+    if missing:
+        reasons = ", ".join(f"{n} x {why}" for why, n in Counter(one.error for one in missing).most_common(3))
+        raise UnansweredError(
+            f"{len(missing)} of {len(predictions)} items got no answer ({reasons}); "
+            "the others are kept, run the same command again to ask these"
+        )
 
 
 def judge(questions: Sequence[Question], predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
     """The rows of `predictions.jsonl`, in the order of `questions`; needs no model.
 
-    An answer that the token limit cut off counts as wrong and unresolved: its last word may be half a word.
+    `status` is `ok`; `unresolved` where the profile could not read an answer; `cut` where the token limit came first,
+    which counts as wrong because the last word may be half a word; `rejected` where the item could not be shown, which
+    counts as nothing.
 
     Raises:
         PredictionsError: an item without a prediction, or with two, or a prediction for no item.
@@ -333,64 +292,120 @@ def judge(questions: Sequence[Question], predictions: Sequence[Prediction]) -> l
             f"predictions do not match the {len(asked)} items: missing {_some(asked - of_item.keys())}, "
             f"for no item {_some(of_item.keys() - asked)}, twice {_some(twice)}; generate them again"
         )
-    rows = []
-    for benchmark, item in questions:
-        prediction = of_item[item.benchmark, item.id]
-        isolated = isolate(prediction.output)
-        verdict = benchmark.score(item, isolated.text)
-        whole = prediction.finish_reason == "stop"
-        rows.append(
-            asdict(prediction)
-            | {
-                "question": item.question,
-                "gold": item.gold,
-                "isolated": isolated.text,
-                "isolation_rule": isolated.rule,
-                "answer_found": isolated.answer_found,
-                "unclosed_reasoning": isolated.unclosed_reasoning,
-                "correct": verdict.correct and whole,
-                "resolved": verdict.resolved and whole,
-            }
+    isolated = [isolate(of_item[item.benchmark, item.id].output) for _, item in questions]
+    cases = [benchmark.case(item, one.text) for (benchmark, item), one in zip(questions, isolated, strict=True)]
+    return [
+        _row(benchmark, item, of_item[item.benchmark, item.id], read, case, scored)
+        for (benchmark, item), read, case, scored in zip(
+            questions, isolated, cases, _scored(questions, cases), strict=True
         )
-    return rows
+    ]
+
+
+def _scored(questions: Sequence[Question], cases: Sequence[Case]) -> Iterator[Scored]:
+    """Scores in order; neighbours of one benchmark are scored together."""
+    start = 0
+    for benchmark, together in itertools.groupby(benchmark for benchmark, _ in questions):
+        end = start + sum(1 for _ in together)
+        yield from score(cases[start:end], benchmark.format, benchmark.profile)
+        start = end
+
+
+def _row(
+    benchmark: Benchmark, item: Item, prediction: Prediction, isolated: Isolated, case: Case, scored: Scored
+) -> dict[str, Any]:
+    whole = prediction.finish_reason == "stop"
+    if not whole:
+        scored = Scored(0.0, scored.extracted, resolved=False)
+    status = "rejected" if not prediction.shown else "cut" if not whole else "ok" if scored.resolved else "unresolved"
+    share = scored.score / benchmark.full_score
+    said = {name: value for name, value in asdict(prediction).items() if name not in ("seconds", "shown")}
+    return said | {
+        "question": item.question,
+        "question_type": item.question_type,
+        "cluster": item.cluster,
+        "gold": item.gold,
+        "options": list(item.options),
+        "isolated": isolated.text,
+        "isolation_rule": isolated.rule,
+        "answer_found": isolated.answer_found,
+        "unclosed_reasoning": isolated.unclosed_reasoning,
+        "extracted": scored.extracted,
+        "score": share,
+        "correct": share >= 0.5,
+        "resolved": scored.resolved,
+        "status": status,
+        "format_miss": whole and not scored.score and read_leniently(case),
+        "decode_steps": prediction.text_tokens + prediction.latent_steps + 2 * prediction.segments,
+    }
 
 
 def summarise(benchmark: Benchmark, rows: Sequence[Mapping[str, Any]], confidence: float) -> dict[str, Any]:
-    """The entry of one benchmark in `scores.json`; shares are in [0, 1], rounded to six digits."""
-    n, correct = len(rows), sum(row["correct"] for row in rows)
-    constant, share = majority_answer([benchmark.constant_answer(item) for item in benchmark.items()])
+    """The entry of one benchmark in `scores.json`; shares are in [0, 1], rounded to six digits.
+
+    `accuracy` is the mean score over items (micro), whatever the profile calls its overall figure; that one is among
+    the `totals`. The interval is Wilson's where every score is 0 or 1 and every item stands by itself, else from a
+    bootstrap over clusters.
+    """
+    asked = [row for row in rows if row["status"] != "rejected"]
+    items = {item.id: item for item in benchmark.items}
+    n = len(asked)
+    if not n:
+        raise BenchmarkError(f"benchmark {benchmark.name}: not one of its {len(rows)} items could be shown")
+    values = [row["score"] for row in asked]
+    clusters = [row["cluster"] for row in asked]
+    interval = score_interval(values, clusters, confidence=confidence)
+    comparable = [benchmark.comparable(items[row["id"]]) for row in asked]
+    constant, share = majority_answer(comparable)
     # Shown in the words of the data: `true`, where the rules compare truth values.
-    golds = [item.gold for item in benchmark.items() if benchmark.constant_answer(item) == constant]
-    answer, _ = majority_answer(golds)
+    answer, _ = majority_answer([row["gold"] for row, one in zip(asked, comparable, strict=True) if one == constant])
+    scores = [Scored(row["score"] * benchmark.full_score, row["extracted"], row["resolved"]) for row in asked]
+    cases = [benchmark.case(items[row["id"]], row["isolated"]) for row in asked]
+    rejected = Counter(rejection.reason for rejection in benchmark.rejections)
+    rejected.update(row["error"].partition(":")[0] for row in rows if row["status"] == "rejected")
+
+    def mean(field: str) -> float:
+        return round(sum(row[field] for row in asked) / n, 6)
+
     return {
+        "format": benchmark.format,
+        "profile": benchmark.profile,
+        "revision": benchmark.revision,
+        "drawn": benchmark.drawn,
         "n": n,
-        "correct": correct,
-        "accuracy": round(correct / n, 6),
-        "interval": [round(end, 6) for end in wilson_interval(correct, n, confidence)],
+        "correct": sum(row["correct"] for row in asked),
+        "accuracy": mean("score"),
+        "interval": [round(interval.low, 6), round(interval.high, 6)],
+        "interval_method": interval.method,
+        "totals": dict(benchmark.totals([items[row["id"]] for row in asked], cases, scores)),
         "majority": {"answer": answer, "accuracy": round(share, 6)},
-        "latent_trigger_rate": round(sum(row["segments"] > 0 for row in rows) / n, 6),
-        "mean_segments": round(sum(row["segments"] for row in rows) / n, 6),
-        "mean_text_tokens": round(sum(row["text_tokens"] for row in rows) / n, 6),
-        "mean_latent_steps": round(sum(row["latent_steps"] for row in rows) / n, 6),
-        "unresolved": sum(not row["resolved"] for row in rows),
-        "cut_off": sum(row["finish_reason"] != "stop" for row in rows),
-        "rejected": dict(sorted(Counter(one.reason for one in benchmark.rejections).items())),
-        "items": _items_digest([(benchmark, item) for item in benchmark.items()]),
+        "latent_trigger_rate": round(sum(row["segments"] > 0 for row in asked) / n, 6),
+        "mean_segments": mean("segments"),
+        "mean_text_tokens": mean("text_tokens"),
+        "mean_latent_steps": mean("latent_steps"),
+        "unresolved": sum(not row["resolved"] for row in asked),
+        "cut_off": sum(row["status"] == "cut" for row in asked),
+        "format_misses": sum(row["format_miss"] for row in asked),
+        "rejected": dict(sorted(rejected.items())),
+        "items": _items_digest(benchmark),
     }
 
 
 def read_scores(folder: Path) -> dict[str, Any]:
-    """`scores.json` of a scores artifact."""
-    return json.loads((folder / SCORES).read_text(encoding="utf-8"))
+    """`scores.json` of a scores artifact. Raises `PredictionsError` if there is none."""
+    try:
+        return json.loads((folder / SCORES).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PredictionsError(f"{folder} holds no scores ({error}); give the folder of a stage scores_*") from None
 
 
 def read_predictions(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a scores artifact.
+    """The rows of a scores artifact whose items were asked.
 
     Raises:
         PredictionsError: a row twice, or more or fewer rows than `scores.json` counts.
     """
-    rows = _read_lines(folder / PREDICTIONS)
+    rows = [row for row in _read_lines(folder / PREDICTIONS) if row["status"] != "rejected"]
     counted = {name: score["n"] for name, score in read_scores(folder)["benchmarks"].items()}
     distinct = Counter(name for name, _ in {(row["benchmark"], row["id"]) for row in rows})
     if distinct != counted or len(rows) != sum(counted.values()):
@@ -410,20 +425,25 @@ def every_item_answered(folder: Path, questions: Sequence[Question]) -> Check:
     detail = f"{len(rows)} answers to {len(questions)} items"
     if missing or foreign:
         detail += f"; missing: {_some(missing)}, twice or foreign: {_some(foreign)}. Run the stage again"
-    counts = {"items": len(questions), "answers": len(rows)}
+    rejected = sum(row["status"] == "rejected" for row in rows)
+    if rejected:
+        detail += f"; {rejected} of them could not be shown and count as nothing"
+    counts = {"items": len(questions), "answers": len(rows) - rejected, "rejected": rejected}
     return Check("every_item_answered", not missing and not foreign, detail, counts)
 
 
 def scores_markdown(scores: Mapping[str, Any]) -> str:
     """One line a benchmark."""
-    lines = ["| benchmark | n | accuracy | interval | majority | unresolved | latents | rejected |"]
-    lines.append("| --- | ---: | ---: | --- | --- | ---: | ---: | ---: |")
-    for name, score in scores["benchmarks"].items():
-        low, high = score["interval"]
+    lines = [
+        "| benchmark | profile | n | score | interval | majority | unresolved | format misses | latents | rejected |"
+    ]
+    lines.append("| --- | --- | ---: | ---: | --- | --- | ---: | ---: | ---: | ---: |")
+    for name, found in scores["benchmarks"].items():
+        low, high = found["interval"]
         lines.append(
-            f"| {name} | {score['n']} | {score['accuracy']:.1%} | {low:.1%} to {high:.1%} "
-            f"| {score['majority']['accuracy']:.1%} ({_cell(score['majority']['answer'])}) | {score['unresolved']} "
-            f"| {score['latent_trigger_rate']:.1%} | {sum(score['rejected'].values())} |"
+            f"| {name} | {found['profile']} | {found['n']} | {found['accuracy']:.1%} | {low:.1%} to {high:.1%} "
+            f"| {found['majority']['accuracy']:.1%} ({_cell(found['majority']['answer'])}) | {found['unresolved']} "
+            f"| {found['format_misses']} | {found['latent_trigger_rate']:.1%} | {sum(found['rejected'].values())} |"
         )
     return "\n".join(lines)
 
@@ -438,26 +458,22 @@ def items_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _prediction(item: Item, answer: Generated) -> Prediction:
-    return Prediction(
-        benchmark=item.benchmark,
-        id=item.id,
-        output=answer.text,
-        segments=answer.segments,
-        text_tokens=answer.text_tokens,
-        latent_steps=answer.latent_steps,
-        finish_reason=answer.finish_reason,
-    )
+def _prediction(item: Item, said: Said, shown: bool = True) -> Prediction:
+    kept = {one.name: getattr(said, one.name) for one in fields(Said) if one.name != "text"}
+    return Prediction(benchmark=item.benchmark, id=item.id, output=said.text, shown=shown, **kept)
 
 
 def _write_examples(out: Path, questions: Sequence[Question], rows: Sequence[Mapping[str, Any]]) -> None:
     """`examples.json` and small copies of the images of a few items of each benchmark, worst first."""
     chosen: list[dict[str, Any]] = []
-    for benchmark in dict.fromkeys(benchmark for benchmark, _ in questions):
-        items = {item.id: item for item in benchmark.items()}
-        for row in examples([row for row in rows if row["benchmark"] == benchmark.name]):
+    for benchmark in {benchmark.name: benchmark for benchmark, _ in questions}.values():
+        items = {item.id: item for item in benchmark.items}
+        asked = [row for row in rows if row["benchmark"] == benchmark.name and row["status"] != "rejected"]
+        for row in examples(asked):
             files: list[str] = []
-            for image in benchmark.prompt(items[row["id"]])[0]:
+            images = benchmark.prompt(items[row["id"]])[0]
+            # Of a video, a few frames at equal distances.
+            for image in images[:: math.ceil(len(images) / _MOST_PICTURES) or 1]:
                 image.thumbnail((_THUMBNAIL_PIXELS, _THUMBNAIL_PIXELS))
                 files.append(f"examples/{len(chosen):02d}-{len(files)}.png")
                 (out / "examples").mkdir(exist_ok=True)
@@ -466,14 +482,8 @@ def _write_examples(out: Path, questions: Sequence[Question], rows: Sequence[Map
     _write_json(out / EXAMPLES, chosen)
 
 
-def _items_digest(questions: Sequence[Question]) -> str:
-    return _digest(
-        [[item.benchmark, item.id, item.question, item.gold, [i.digest for i in item.images]] for _, item in questions]
-    )
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+def _items_digest(benchmark: Benchmark) -> str:
+    return digest([benchmark.revision, [[item.id, item.question, item.gold] for item in benchmark.items]])
 
 
 def _line(row: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ In: cases, each with the gold answer and what a model said, and the name of a pr
 read out of the answer, and on demand the benchmark's totals.
 Always: a profile does exactly what its name says, ties and float64 included, and nothing is guessed where it would have
 asked a language model: such a case is `unresolved`, counts as wrong and is counted. No model and no data set is needed.
+Where a `Judge` is given, it is asked about those cases, and the profile's name says so.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from typing import Any, Protocol
 import orjson
 
 OFFICIAL, LMMS_EVAL, VLMEVALKIT = "official", "lmms-eval@0.7.3", "vlmevalkit@e8e78f0"
+
+JUDGED_BY = "+judge:"
+"""Between a profile and the judge's model in the name of a judged profile."""
 
 BENCHMARKS = (
     "vsi_bench",
@@ -60,6 +64,8 @@ class Case:
     """In the data set's own form; one element where that form is one text."""
     where: str = ""
     """File and line that the case was read from."""
+    question: str = ""
+    """The words put to the model, which only a judge reads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +77,9 @@ class Scored:
     extracted: str | None
     """What the rule read out of the answer; None where nothing could be read."""
     resolved: bool = True
-    """False where the profile would have asked a language model, and there is none."""
+    """False where the profile would have asked a language model, and there is none, or it did not settle the case."""
+    problem: str = ""
+    """Why a judge did not settle it."""
 
 
 class Rules(Protocol):
@@ -85,6 +93,20 @@ class Rules(Protocol):
         """The benchmark's totals by name, as the profile computes them."""
 
 
+class Judge(Protocol):
+    """A language model that settles unresolved cases; `valr_ops.evaluation.judge.open_judge` makes one."""
+
+    model: str
+    replies: Path
+    """File that judgements are appended to."""
+
+    def settle(self, cases: Sequence[Case], scores: Sequence[Scored], benchmark: str, profile: str) -> list[Scored]:
+        """The scores of `profile` with every unresolved one judged that could be, in order."""
+
+    def report(self) -> Mapping[str, Any]:
+        """Who judged how many cases, at what cost, and what failed."""
+
+
 def rules_of(benchmark: str) -> Rules:
     """The rules of a benchmark. Raises `ScoringError` for an unknown name."""
     if benchmark not in BENCHMARKS:
@@ -93,15 +115,19 @@ def rules_of(benchmark: str) -> Rules:
     return module
 
 
-def score(cases: Sequence[Case], benchmark: str, profile: str) -> list[Scored]:
-    """The scores of `cases`, in order.
+def score(cases: Sequence[Case], benchmark: str, profile: str, judge: Judge | None = None) -> list[Scored]:
+    """The scores of `cases`, in order; with a judge those of the profile ``PROFILE+judge:MODEL``.
 
     Raises:
-        ScoringError: an unknown benchmark or profile, or a case that no rule fits.
+        ScoringError: an unknown benchmark or profile, a profile that names a judge beside another one, or a case that
+            no rule fits.
+        JudgeError: see `judge.Judge.settle`.
     """
     rules = rules_of(benchmark)
     if profile not in rules.PROFILES:
         raise ScoringError(f"{benchmark} has no profile {profile!r}; its profiles are {', '.join(rules.PROFILES)}")
+    if judge and JUDGED_BY in profile:
+        raise ScoringError(f"{benchmark} by {profile} is judged already; take another profile, or leave --judge out")
     rule = rules.PROFILES[profile]
     scores: list[Scored] = []
     for case in cases:
@@ -109,51 +135,66 @@ def score(cases: Sequence[Case], benchmark: str, profile: str) -> list[Scored]:
             scores.append(rule(case))
         except ScoringError as error:
             raise ScoringError(f"{case.where}: {error}" if case.where else str(error)) from None
-    return scores
+    return judge.settle(cases, scores, benchmark, profile) if judge else scores
 
 
 def score_file(
-    source: Path, target: Path, benchmark: str, profile: str | None = None, aggregate: bool = False
+    source: Path,
+    target: Path,
+    benchmark: str,
+    profile: str | None = None,
+    aggregate: bool = False,
+    judge: Judge | None = None,
 ) -> dict[str, Any]:
     """Score the cases in `source` and write a line each, in order, to `target`, which appears whole or not at all.
 
     Args:
         source: JSON lines with ``id``, ``gold``, ``output`` and where the benchmark has them ``question_type`` and
-            ``options``; other fields are not read.
-        target: JSON lines with ``id`` as it was given, ``score``, ``extracted`` and ``resolved``.
+            ``options``; for a judge ``question``, and for mm_halu as ``options`` what the photograph shows. Other
+            fields are not read.
+        target: JSON lines with ``id`` as it was given, ``score``, ``extracted`` and ``resolved``; with a judge also
+            ``problem``, which is empty for a case that is settled.
         benchmark: one of `BENCHMARKS`.
         profile: the benchmark's default without one.
         aggregate: also compute the benchmark's totals.
+        judge: asked about the cases that the profile would send to a language model.
 
     Returns:
-        ``benchmark``, ``profile``, ``n``, ``mean``, the number of ``unresolved`` cases, and ``totals`` if asked for.
+        ``benchmark``, ``profile``, ``n``, ``mean``, the number of ``unresolved`` cases, the report of the ``judge`` if
+        there is one, and ``totals`` if asked for.
 
     Raises:
         ScoringError: a case, the benchmark or the profile is unusable, or a file can't be read or written.
+        JudgeError: the judge can't be asked, or not any more.
     """
     rules = rules_of(benchmark)
     profile = profile or next(iter(rules.PROFILES))
     numbered = list(read_cases(source))
     if target.exists() and (not target.is_file() or target.samefile(source)):
         raise ScoringError(f"{target} holds the cases or is no file; give --out a file of its own")
+    if judge and judge.replies.resolve() in (source.resolve(), target.resolve()):
+        raise ScoringError(f"{judge.replies} is where judgements go; give the cases and --out files of other names")
     cases = [case for _, case in numbered]
-    scores = score(cases, benchmark, profile)
+    scores = score(cases, benchmark, profile, judge)
     # Before anything is written: totals may refuse the cases as well.
     totals = {"totals": dict(rules.totals(cases, scores, profile))} if aggregate else {}
     _write(
         target,
         (
             {"id": name, "score": one.score, "extracted": one.extracted, "resolved": one.resolved}
+            | ({"problem": one.problem} if judge else {})
             for (name, _), one in zip(numbered, scores, strict=True)
         ),
     )
     return {
         "benchmark": benchmark,
-        "profile": profile,
+        "profile": f"{profile}{JUDGED_BY}{judge.model}" if judge else profile,
         "n": len(scores),
         "mean": math.fsum(one.score for one in scores) / len(scores),
         "unresolved": sum(not one.resolved for one in scores),
-    } | totals
+        **({"judge": dict(judge.report())} if judge else {}),
+        **totals,
+    }
 
 
 def read_cases(path: Path) -> Iterator[tuple[str | int, Case]]:
@@ -208,12 +249,15 @@ def _case(row: Mapping[str, Any], where: str) -> Case:
         if field not in row:
             raise ScoringError(f"{where}: {field} is missing; the fields are {', '.join(sorted(row)) or 'none'}")
     name, output, question_type, options = row["id"], row["output"], row.get("question_type"), row.get("options")
+    question = row.get("question")
     if not isinstance(name, str | int) or isinstance(name, bool) or name == "":
         raise ScoringError(f"{where}: id is {_kind(name)}; give text or a whole number")
     if not isinstance(output, str):
         raise ScoringError(f"{where}: output is {_kind(output)}; give what the model said as text, empty for nothing")
     if not isinstance(question_type, str | None):
         raise ScoringError(f"{where}: question_type is {_kind(question_type)}; give text")
+    if not isinstance(question, str | None):
+        raise ScoringError(f"{where}: question is {_kind(question)}; give the words put to the model as text")
     if not isinstance(options, str | list | None):
         raise ScoringError(f"{where}: options is {_kind(options)}; give a list of texts")
     choices = [options] if isinstance(options, str) else options or []
@@ -224,6 +268,7 @@ def _case(row: Mapping[str, Any], where: str) -> Case:
         question_type=question_type or "",
         options=tuple(_text(choice, f"{where}: an option") for choice in choices),
         where=where,
+        question=question or "",
     )
 
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import functools
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -19,9 +20,10 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from valr_ops.data.rewriting import ControlTokens, prompt_messages
+from valr_ops.data.rewriting import ANSWER_CUE, ControlTokens, prompt_messages
 from valr_ops.model.decoding import (
     DecodingError,
+    Intervention,
     LatentSegment,
     Rows,
     SegmentRules,
@@ -69,6 +71,8 @@ class Generation:
 
     text: str
     """Everything generated, control tokens and slots included."""
+    ids: tuple[int, ...]
+    """The same as ids."""
     visible_text: str
     """Without control tokens, slots and the end of turn."""
     latents: tuple[LatentSegment, ...]
@@ -109,6 +113,8 @@ def generate_answers(
     force_first_latent: bool = False,
     latents: bool = True,
     settle: float | None = None,
+    max_reasoning_tokens: int | None = None,
+    intervention: Intervention | None = None,
     sampling: Sampling | Sequence[Sampling] | None = None,
     on_text: Callable[[int, str], None] | None = None,
     on_segment: Callable[[int, LatentSegment], None] | None = None,
@@ -126,6 +132,9 @@ def generate_answers(
         force_first_latent: every row begins with a segment, whether the model wants one or not.
         latents: False rules segments out; so does a model without ``config.valr["slots"]``.
         settle: ends segments early, see `SegmentRules.settle`.
+        max_reasoning_tokens: after so many tokens outside segments the answer has to begin: its opening words are put
+            down for the model where it has not written them. None leaves the length to the model.
+        intervention: what is changed inside the model, for studies of what it uses; None is nothing.
         sampling: of all rows, or one a row; None is greedy.
         on_text: called with a row's number and its newly finished text, whole characters without control tokens.
         on_segment: called with a row's number and its segment when that closes.
@@ -141,14 +150,18 @@ def generate_answers(
     """
     if not prompts:
         return []
-    started = time.perf_counter()
-    rules = SegmentRules(fed_slots(model.config, slots) if latents else 0, max_segments, force_first_latent, settle)
+    started, intervention = time.perf_counter(), intervention or Intervention()
+    per_segment, image_steps = fed_slots(model.config, slots) if latents else 0, intervention.image_steps
+    rules = SegmentRules(per_segment, max_segments, force_first_latent, settle, intervention.markers_only)
     embedded = embed_prompts(model, encode_prompts(processor, prompts))
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
     samplings = [sampling] * len(prompts) if sampling is None or isinstance(sampling, Sampling) else list(sampling)
     columns = max(limits) * (1 + rules.slots)
-    rows = Rows(model, embedded, rules, int(processor.tokenizer.pad_token_id), columns)
+    seen = replace(embedded, visible=embedded.is_text) if image_steps == 0 else embedded
+    pad = int(processor.tokenizer.pad_token_id)
+    rows = Rows(model, seen, rules, pad, columns, intervention.slot_inputs)
     control, ends = rows.grammar.control, _ends_of_turn(model, processor)
+    step_ends = ends_of_steps(processor.tokenizer) if image_steps else frozenset()
     answers = [
         _Answer(row, tokens, limit, position_limit(model.config) - tokens, one or Sampling(temperature=0.0))
         for row, (tokens, limit, one) in enumerate(
@@ -169,11 +182,14 @@ def generate_answers(
 
     held = answers
     while True:
-        ids = rows.next_ids(functools.partial(_draw, held=held))
+        ids = rows.next_ids(functools.partial(_choose, held=held))
         for place, (answer, token) in enumerate(zip(held, ids.tolist(), strict=True)):
             if answer.finish_reason is not None:
                 continue
             answer.take(token, control, ends)
+            if max_reasoning_tokens is not None:
+                answer.bound(max_reasoning_tokens, processor.tokenizer, control)
+            answer.steps += token in step_ends
             if token == control.latent_end or answer.finish_reason == "length_in_segment":
                 answer.latents.append(rows.segment(place))
                 if on_segment is not None:
@@ -190,6 +206,8 @@ def generate_answers(
             rows.keep(alive)
             ids, held = ids[alive], [held[place] for place in alive]
         rows.feed(ids)
+        if image_steps:
+            rows.hide_images([answer.steps >= image_steps for answer in held])
         for place, answer in enumerate(held):
             if stopped is not None and answer.finish_reason is None and stopped(answer.row):
                 answer.finish_reason = "cancelled"
@@ -216,6 +234,16 @@ def encode_prompts(processor: Qwen2_5_VLProcessor, prompts: Sequence[Prompt]) ->
     return processor(text=texts, images=images or None, padding=True, padding_side="left", return_tensors="pt")
 
 
+def ends_of_steps(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids that end a step: a step is a line, as `response_pieces` writes it, and a line break ends its token."""
+    # A byte-level vocabulary writes the byte 10 as this character.
+    return frozenset(
+        number
+        for token, number in tokenizer.get_vocab().items()
+        if "\N{LATIN CAPITAL LETTER C WITH DOT ABOVE}" in token
+    )
+
+
 class _Answer:
     """One answer while it is being written."""
 
@@ -233,6 +261,12 @@ class _Answer:
         self.ids: list[int] = []
         self.counted = 0
         """Ids that are no slots."""
+        self.bounded = False
+        """Whether the bound on the reasoning has been met."""
+        self.cue: deque[int] = deque()
+        """Ids that open the answer and are still to come."""
+        self.steps = 0
+        """Steps finished, where somebody counts them."""
         self.latents: list[LatentSegment] = []
         self.text: _TextStream | None = None
         """Who hears the text as it comes."""
@@ -247,6 +281,8 @@ class _Answer:
     def take(self, token: int, control: ControlTokens, ends: frozenset[int]) -> None:
         """Append an id, and finish if it is the last one."""
         self.ids.append(token)
+        if self.cue and token == self.cue[0]:
+            self.cue.popleft()
         self.counted += token != control.latent_pad
         if self.text is not None:
             self.text.put(token)
@@ -256,12 +292,24 @@ class _Answer:
             in_segment = token in (control.latent, control.latent_pad)
             self.finish_reason = "length_in_segment" if in_segment else "length"
 
+    def bound(self, tokens: int, tokenizer: PreTrainedTokenizerBase, control: ControlTokens) -> None:
+        """Open the answer where so many tokens outside segments did not."""
+        text = [token for token in self.ids if token not in (control.latent, control.latent_end, control.latent_pad)]
+        if self.bounded or len(text) < tokens:
+            return
+        self.bounded = True
+        written = str(tokenizer.decode(text))
+        if ANSWER_CUE not in written:
+            cue = ANSWER_CUE if not written or written.endswith("\n") else f"\n{ANSWER_CUE}"
+            self.cue.extend(tokenizer.encode(cue, add_special_tokens=False))
+
     def generation(self, tokenizer: PreTrainedTokenizerBase, control: ControlTokens, seconds: float) -> Generation:
         """The finished answer."""
         assert self.finish_reason is not None
         text = [token for token in self.ids if token not in (control.latent, control.latent_end, control.latent_pad)]
         return Generation(
             text=str(tokenizer.decode(self.ids, skip_special_tokens=False)),
+            ids=tuple(self.ids),
             visible_text=str(tokenizer.decode(text, skip_special_tokens=True)),
             latents=tuple(self.latents),
             text_tokens=len(text),
@@ -300,6 +348,15 @@ class _TextStream:
         self.waiting = []
         if text:
             self.say(text)
+
+
+def _choose(scores: Tensor, held: Sequence[_Answer]) -> Tensor:
+    """An id for each row, [rows]: drawn, or the next one of a cue."""
+    ids = _draw(scores, held)
+    for place, answer in enumerate(held):
+        if answer.cue:
+            ids[place] = answer.cue[0]
+    return ids
 
 
 def _draw(scores: Tensor, held: Sequence[_Answer]) -> Tensor:

@@ -114,6 +114,11 @@ class CachedDecoder:
             return self._replayed(inputs, cosine, sine, column)
         return self._blocks(self.length, inputs, cosine, sine, column)
 
+    def hide(self, columns: Tensor) -> None:
+        """Let no later column see `columns`, [R, any of the first] bool; what was computed so far stays as it is."""
+        first = slice(0, columns.shape[1])
+        self._show(first, self._visible[:, first] & ~columns)
+
     def select(self, rows: Tensor) -> None:
         """Keep only `rows`, int64 indices, in that order."""
         self._keys = [keys.index_select(0, rows) for keys in self._keys]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,26 @@ class SegmentRules:
     settle: float | None = None
     """A segment ends early, after one slot at least, once the state to be fed next has at least this cosine to the
     state fed last. None or 1 and more: never."""
+    markers_only: bool = False
+    """Segments end before their first slot, for an experiment: the control tokens alone."""
+
+
+Slot = tuple[int, int, int]
+"""Where a slot stands: number of the row among the prompts, of the segment in it, of the slot in that; from zero."""
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """What is done to a model while it answers, to see what it uses. Nothing by default."""
+
+    slot_inputs: Callable[[Sequence[Slot], Tensor], Tensor] | None = None
+    """What slots are fed, [slots, hidden], from where they stand and the states that they would be fed, of that shape;
+    called at every step with all slots of that step."""
+    markers_only: bool = False
+    """See `SegmentRules.markers_only`."""
+    image_steps: int | None = None
+    """After so many steps (lines) of an answer nothing looks at the prompt's images and videos any more; at 0 nothing
+    ever does, the prompt's text included. None: no limit."""
 
 
 class Grammar:
@@ -126,7 +146,7 @@ class Grammar:
 
     def forced(self) -> Tensor:
         """[rows] int64: the id that must follow; -1 where the model chooses."""
-        close = self.settled | (self.used == self.rules.slots)
+        close = self.settled | (self.used == (0 if self.rules.markers_only else self.rules.slots))
         inside = torch.where(close, self.control.latent_end, self.control.latent_pad)
         outside = (
             self.control.latent if self._at_start and self.rules.slots and self.rules.force_first_latent else _FREE
@@ -187,12 +207,14 @@ class Rows:
         rules: SegmentRules,
         pad: int,
         columns: int,
+        slot_inputs: Callable[[Sequence[Slot], Tensor], Tensor] | None = None,
     ) -> None:
         """Run the left-padded `prompts` through `model`.
 
         Args:
             pad: the id of rows that have finished.
             columns: how many may follow.
+            slot_inputs: see `Intervention.slot_inputs`.
         """
         self.model, self.device = model, prompts.ids.device
         self.grammar = Grammar(rules, _control_tokens(model.config), prompts.ids[:, -1], pad)
@@ -202,10 +224,13 @@ class Rows:
         self.decoder = CachedDecoder(model.model.language_model, count, length + min(columns, _COLUMNS_AT_FIRST))
         last = torch.full((count,), length - 1, device=self.device)
         self.state = self.decoder.extend(prompts.inputs, prompts.positions.movedim(1, 0), prompts.visible, at=last)
-        """[rows, hidden]: post-norm state of the last position."""
+        """[rows, hidden]: post-norm state of the last position, which the next one is fed if it is a slot."""
         self.position = prompts.positions[:, :, -1].T
         self.fed: deque[Tensor] = deque(maxlen=max(1, rules.slots))
         """[rows, hidden] each: the inputs of the last K columns that had a slot in any row."""
+        self._numbers = list(range(count))
+        self._images = prompts.visible & ~prompts.is_text
+        self._slot_inputs = slot_inputs
 
     def next_ids(self, choose: Callable[[Tensor], Tensor]) -> Tensor:
         """[rows] int64 on the CPU: the ids that follow. Where all are forced, the head is not even run.
@@ -223,6 +248,8 @@ class Rows:
     def feed(self, ids: Tensor) -> None:
         """Append a column with `ids`, [rows] on the CPU: a slot is fed the last state, all others their embedding."""
         at_slot = self.grammar.at_slot(ids)
+        if self._slot_inputs is not None and at_slot.any():
+            self._intervene(at_slot, self._slot_inputs)
         if at_slot.all():
             inputs = self.state
         else:
@@ -238,6 +265,19 @@ class Rows:
         if settle is not None and settle < 1.0 and at_slot.any():
             resting = F.cosine_similarity(self.state.float(), inputs.float(), dim=-1) >= settle
             self.grammar.settled = at_slot & resting.cpu()
+
+    def _intervene(self, at_slot: Tensor, slot_inputs: Callable[[Sequence[Slot], Tensor], Tensor]) -> None:
+        rows = at_slot.nonzero().flatten()
+        places = [
+            (self._numbers[row], int(self.grammar.opened[row]) - 1, int(self.grammar.used[row]))
+            for row in rows.tolist()
+        ]
+        rows = rows.to(self.device)
+        self.state = self.state.index_copy(0, rows, slot_inputs(places, self.state[rows]))
+
+    def hide_images(self, rows: Sequence[bool]) -> None:
+        """Let nothing that follows in `rows` look at the images and videos of the prompt."""
+        self.decoder.hide(self._images & torch.tensor(rows, device=self.device)[:, None])
 
     def segment(self, row: int) -> LatentSegment:
         """Figures of the segment that is open in `row`."""
@@ -257,6 +297,7 @@ class Rows:
         self.decoder.select(kept)
         self.state, self.position, self.text_norm = self.state[kept], self.position[:, kept], self.text_norm[kept]
         self.fed = deque((fed[kept] for fed in self.fed), maxlen=self.fed.maxlen)
+        self._numbers, self._images = [self._numbers[row] for row in rows], self._images[kept]
 
 
 def _control_tokens(config: Qwen2_5_VLConfig) -> ControlTokens | None:

@@ -444,8 +444,30 @@ class TrainingRecipe(_Values):
     """Paper silent; updates between two lines of the training log."""
 
 
+class BenchmarkRecipe(_Values):
+    """One benchmark that models are asked."""
+
+    path: str | None = None
+    """Paper silent; the folder that holds the public files; null draws a small one in the same layout."""
+    format: str | None = None
+    """Paper silent; whose layout and rules it has, e.g. vsi_bench or jsonl; null where its name says it."""
+    profile: str | None = None
+    """Paper: section 4 says VLMEvalKit; null takes the authors' own, where they need no judge."""
+    limit: PositiveInt | None = None
+    """Paper silent; the first questions only; null asks all and verifies that they are as many as published."""
+    drawn: PositiveInt = 12
+    """Paper silent; number of drawn questions, where there is no path."""
+
+
 class EvaluationRecipe(_Values):
     """How answers are generated and scored."""
+
+    benchmarks: Table[BenchmarkRecipe] = {}
+    """Paper: section 5, beside the test records of the jsonl sources."""
+    frames: PositiveInt = 32
+    """Paper: table 8, frames of a video."""
+    study_items: PositiveInt = 64
+    """Paper silent; questions asked in each study: enough for an interval, few enough to ask them many times."""
 
     batch_size: PositiveInt = 64
     """Paper silent; rows decoded together."""
@@ -582,11 +604,14 @@ class Recipe(_Values):
         return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
 
+_WHOLE_LISTS = ("data.sources", "evaluation.benchmarks")
+
+
 def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
     """A copy of `recipe` with some fields replaced, e.g. ``{"stage2.learning_rate": 1e-5}``.
 
-    Keys may be dotted, nested, or both. Tables are merged, so that one field of one teacher can change; only
-    ``data.sources`` given as a mapping is the whole list, because a corpus is what is listed.
+    Keys may be dotted, nested, or both. Tables are merged, so that one field of one teacher can change; only a mapping
+    given for ``data.sources`` or ``evaluation.benchmarks`` is the whole list: what is listed is what is used.
 
     Raises:
         RecipeError: an unknown key (with the nearest known one) or a value the field refuses.
@@ -626,7 +651,7 @@ def _merge(values: dict[str, Any], changes: Mapping[str, Any], above: str = "") 
         name, _, rest = str(key).partition(".")
         if rest:
             value = {rest: value}
-        replaces = f"{above}{name}" == "data.sources" and not rest
+        replaces = f"{above}{name}" in _WHOLE_LISTS and not rest
         if isinstance(value, Mapping) and not replaces:
             if not isinstance(values.get(name), dict):
                 values[name] = {}

@@ -21,6 +21,7 @@ from valr_ops.recipe.recipe import (
     QWEN_TOWER,
     AlignmentRecipe,
     BaseModelRecipe,
+    BenchmarkRecipe,
     DataRecipe,
     EvaluationRecipe,
     LatentRecipe,
@@ -72,7 +73,13 @@ def tiny() -> Recipe:
         teachers=_tiny_teachers(),
         stage1=training,
         stage2=training.model_copy(update={"learning_rate": 2e-3, "epochs": 1.2, "micro_batch": 16}),
-        evaluation=EvaluationRecipe(batch_size=64, max_new_tokens=128),
+        evaluation=EvaluationRecipe(
+            batch_size=64,
+            max_new_tokens=128,
+            # Four frames, because 32 would be more positions than the tiny model was trained with.
+            frames=4,
+            benchmarks={name: BenchmarkRecipe() for name in _BENCHMARKS},
+        ),
         variants=_named_models(),
     )
 
@@ -95,7 +102,7 @@ def small() -> Recipe:
         teachers=_vit_large_teachers() | {"qwen": _own_encoder("Qwen-Research")},
         stage1=training,
         stage2=training.model_copy(update={"learning_rate": 2e-6}),
-        evaluation=EvaluationRecipe(batch_size=32, max_new_tokens=1024),
+        evaluation=EvaluationRecipe(batch_size=32, max_new_tokens=2048, benchmarks=_public_benchmarks()),
         runtime=RuntimeRecipe(device="cuda"),
         variants=_named_models() | _table_cells(front_block=5, last_block=35),
     )
@@ -116,7 +123,7 @@ def paper() -> Recipe:
         teachers=_vit_large_teachers() | {"qwen": _own_encoder("Apache-2.0")},
         stage1=training,
         stage2=training.model_copy(update={"learning_rate": 2e-6}),
-        evaluation=EvaluationRecipe(batch_size=32, max_new_tokens=1024),
+        evaluation=EvaluationRecipe(batch_size=32, max_new_tokens=2048, benchmarks=_public_benchmarks()),
         runtime=RuntimeRecipe(device="cuda", processes=4),
         variants=_named_models() | _table_cells(front_block=4, last_block=27),
     )
@@ -204,6 +211,26 @@ def _public_sources() -> dict[str, SourceRecipe]:
         "gcot": SourceRecipe(format="gcot", path="data/gcot", cap=155_000),
         "onethinker": SourceRecipe(format="onethinker", path="data/onethinker", cap=170_000),
     }
+
+
+_BENCHMARKS = (
+    "vsi_bench",
+    "blink",
+    "mmvp",
+    "mmstar",
+    "vstar",
+    "cv_bench",
+    "math_vista",
+    "math_vision",
+    "realworldqa",
+    "hr_bench",
+)
+"""All that can be scored without a judge; mm_halu can't."""
+
+
+def _public_benchmarks() -> dict[str, BenchmarkRecipe]:
+    """The benchmarks of the paper's tables 1 and 2, in folders that the user fills."""
+    return {name: BenchmarkRecipe(path=f"data/benchmarks/{name}") for name in _BENCHMARKS[:6]}
 
 
 def _vit_large_teachers() -> dict[str, TeacherRecipe]:

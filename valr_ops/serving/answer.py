@@ -23,7 +23,7 @@ from valr_ops.model.answering import Sampling, generate_answers
 from valr_ops.model.decoding import LatentSegment, ValrForConditionalGeneration, fed_slots
 from valr_ops.model.qwen import load_model
 from valr_ops.recipe.recipe import DataRecipe, EvaluationRecipe
-from valr_ops.store.artifacts import folder, project_root
+from valr_ops.store.artifacts import model_folder
 from valr_ops.torchvision_guard import ensure_torchvision
 
 ensure_torchvision()
@@ -166,23 +166,6 @@ def checked_image(data: bytes, where: str) -> Image:
         }
         detail = f"{where}: {bounds[error.reason]}" if error.reason in bounds else error.detail
         raise BadRecord(error.reason, detail) from None
-
-
-def model_folder(path_or_stage: str) -> Path:
-    """The folder at that path, or the artifact of the stage of that name.
-
-    Raises:
-        AnswerError: neither has a config.json.
-    """
-    path = Path(path_or_stage)
-    candidates = [path] if len(path.parts) != 1 else [path, folder(project_root(), path_or_stage)]
-    for found in candidates:
-        if (found / "config.json").is_file():
-            return found
-    raise AnswerError(
-        f"--model {path_or_stage}: neither a folder with a config.json nor a stage whose artifact is a model; "
-        "give the folder of a model, or make one first: valr materialize +stage2_valr_m"
-    )
 
 
 def open_model(at: Path, device: str | None = None) -> tuple[ValrForConditionalGeneration, Qwen2_5_VLProcessor]:

@@ -19,9 +19,10 @@ from valr_ops.data.records import BadRecord, Image, check_text, shortened
 from valr_ops.data.rewriting import IMAGE_PAD, INSTRUCTION, image_grid, load_processor
 from valr_ops.model.answering import Sampling, generate_answers
 from valr_ops.model.decoding import fed_slots, position_limit
-from valr_ops.serving.answer import IMAGE_LIMITS, MAX_SEGMENTS, AnswerError, checked_image, model_folder, open_model
+from valr_ops.serving.answer import IMAGE_LIMITS, MAX_SEGMENTS, AnswerError, checked_image, open_model
 from valr_ops.serving.batcher import Ask
 from valr_ops.serving.protocol import Answer, ApiError, ChatRequest, ImagePart, Message, image_bytes
+from valr_ops.store.artifacts import model_folder
 from valr_ops.torchvision_guard import ensure_torchvision
 
 ensure_torchvision()

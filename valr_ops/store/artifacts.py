@@ -107,6 +107,23 @@ def folder(root: Path, stage: str) -> Path:
     return root / "artifacts" / stage
 
 
+def model_folder(path_or_stage: str) -> Path:
+    """The folder at that path, or the artifact of the stage of that name.
+
+    Raises:
+        ArtifactError: neither has a config.json.
+    """
+    path = Path(path_or_stage)
+    candidates = [path] if len(path.parts) != 1 else [path, folder(project_root(), path_or_stage)]
+    for found in candidates:
+        if (found / "config.json").is_file():
+            return found
+    raise ArtifactError(
+        f"--model {path_or_stage}: neither a folder with a config.json nor a stage whose artifact is a model; "
+        "give the folder of a model, or make one first: valr materialize +stage2_valr_m"
+    )
+
+
 def directory_digest(path: Path) -> str:
     """The digest that DVC gives to a folder: MD5 of the sorted (md5, relpath) list of its files, with ``.dir`` behind.
 

@@ -51,3 +51,9 @@ class Item:
     """Shown with the question, in this order."""
     video: str = ""
     """File below the benchmark's folder whose frames are shown."""
+    frames: int = 0
+    """Frames of the video to show; 0 for as many as are shown of any other."""
+    group: str = ""
+    """What a user's own benchmark is divided by in its totals; empty for none."""
+    subgroup: str = ""
+    """Of the group."""

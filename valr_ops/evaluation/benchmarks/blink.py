@@ -1,9 +1,13 @@
 """BLINK: questions of visual perception with two to four options, in 14 sub-tasks.
 
-In: cases whose `question_type` is the sub-task, gold "(B)", options the texts of the choices.
-Out: scores by the authors' matcher (zeyofu/BLINK_Benchmark 2d6a779), lmms-eval or VLMEvalKit, and the totals.
-Always: the options' number says which letters count; without options that is A to E for the authors, A to Z for
-lmms-eval. Nothing is stripped before the authors' matcher looks: "(B)." is not the word "(B)".
+In: `BLINK-Benchmark/BLINK` on disk, a folder with the validation split for each sub-task; or cases whose
+`question_type` is the sub-task, gold "(B)", options the texts of the choices.
+Out: items with one to four images, sub-task by sub-task; scores by the authors' matcher (zeyofu/BLINK_Benchmark
+2d6a779), lmms-eval or VLMEvalKit, and the totals.
+Always: a question is the data set's own prompt. The disclaimer that the authors' script puts before three sub-tasks,
+about people whom closed models refuse to look at, is left out. The options' number says which letters count; without
+options that is A to E for the authors, A to Z for lmms-eval. Nothing is stripped before the authors' matcher looks:
+"(B)." is not the word "(B)".
 """
 
 from __future__ import annotations
@@ -13,28 +17,59 @@ from collections.abc import Sequence
 from functools import lru_cache
 from string import ascii_uppercase
 
+from valr_ops.evaluation.benchmarks import Item
+from valr_ops.evaluation.benchmarks.folder import Folder
 from valr_ops.evaluation.choices import by_can_infer, gold_letter, judged, mean, means
 from valr_ops.evaluation.scoring import LMMS_EVAL, OFFICIAL, VLMEVALKIT, Case, Scored, Totals
 
-SUB_TASKS = (
-    "Art_Style",
-    "Counting",
-    "Forensic_Detection",
-    "Functional_Correspondence",
-    "IQ_Test",
-    "Jigsaw",
-    "Multi-view_Reasoning",
-    "Object_Localization",
-    "Relative_Depth",
-    "Relative_Reflectance",
-    "Semantic_Correspondence",
-    "Spatial_Relation",
-    "Visual_Correspondence",
-    "Visual_Similarity",
-)
+COUNTS = {
+    "Art_Style": 117,
+    "Counting": 120,
+    "Forensic_Detection": 132,
+    "Functional_Correspondence": 130,
+    "IQ_Test": 150,
+    "Jigsaw": 150,
+    "Multi-view_Reasoning": 133,
+    "Object_Localization": 122,
+    "Relative_Depth": 124,
+    "Relative_Reflectance": 134,
+    "Semantic_Correspondence": 139,
+    "Spatial_Relation": 143,
+    "Visual_Correspondence": 172,
+    "Visual_Similarity": 135,
+}
+"""Questions of each sub-task in the validation split; the test split comes without answers."""
+SUB_TASKS = tuple(COUNTS)
+SOURCE = "get it with `hf download BLINK-Benchmark/BLINK --repo-type dataset --revision COMMIT --local-dir FOLDER`"
+_IMAGES = ("image_1", "image_2", "image_3", "image_4")
 
 _BRACKETED = ("(A)", "(B)", "(C)", "(D)", "(E)")
 _READY = {letter: letter for letter in _BRACKETED} | {letter[1]: letter for letter in _BRACKETED}
+
+
+def read(folder: Folder) -> list[Item]:
+    """The questions of `SUB_TASK/val-*.parquet`, sub-tasks in the order of `SUB_TASKS`.
+
+    Raises:
+        BenchmarkError: a sub-task without its file, or a row without prompt, choices, image or the letter of a choice.
+    """
+    items = []
+    for task in SUB_TASKS:
+        for name in folder.find(f"{task}/val-*.parquet"):
+            for row in folder.rows(name, ("idx", "sub_task", "prompt", "choices", "answer"), _IMAGES):
+                options = row.texts("choices")
+                items.append(
+                    Item(
+                        id=row.text("idx"),
+                        benchmark=folder.benchmark,
+                        question=row.text("prompt"),
+                        gold=row.letter("answer", len(options)),
+                        options=options,
+                        question_type=row.one_of("sub_task", [task]),
+                        images=row.pictures(),
+                    )
+                )
+    return items
 
 
 def official(case: Case) -> Scored:

@@ -1,8 +1,9 @@
 """CV-Bench: counting and relations in 2D, depth and distance in 3D, from three sources.
 
-In: cases whose `question_type` is the source (ade, coco, omni, or the data set's ADE20K, COCO, Omni3D), gold "(C)",
-options the texts of the choices.
-Out: scores by the authors' rule (cambrian-mllm/cambrian 539ffc3), lmms-eval or VLMEvalKit, and the totals.
+In: `nyu-visionx/CV-Bench` on disk, a parquet file for 2D and one for 3D; or cases whose `question_type` is the source
+(ade, coco, omni, or the data set's ADE20K, COCO, Omni3D), gold "(C)", options the texts of the choices.
+Out: items in file order, 2D first; scores by the authors' rule (cambrian-mllm/cambrian 539ffc3), lmms-eval or
+VLMEvalKit, and the totals.
 Always: the authors read one character after their cuts, so "The answer is: B" reads the colon; and their script for
 omni cuts more than the two for 2D.
 """
@@ -13,11 +14,41 @@ import re
 from collections.abc import Sequence
 from string import ascii_lowercase
 
+from valr_ops.evaluation.benchmarks import Item
+from valr_ops.evaluation.benchmarks.folder import Folder
 from valr_ops.evaluation.choices import by_can_infer, gold_letter, judged, mean, means
 from valr_ops.evaluation.scoring import LMMS_EVAL, OFFICIAL, VLMEVALKIT, Case, Scored, ScoringError, Totals
 
+COUNTS = {"ade": 633, "coco": 805, "omni": 1200}
+"""Questions from each source."""
+SOURCE = "get it with `hf download nyu-visionx/CV-Bench --repo-type dataset --revision COMMIT --local-dir FOLDER`"
+_ASK = "Answer with the option's letter from the given choices directly."
 _SOURCES = {"ade": "ade", "ade20k": "ade", "coco": "coco", "omni": "omni", "omni3d": "omni"}
 _AT_START = re.compile(r"[(\s]*([A-Z])", re.IGNORECASE)
+
+
+def read(folder: Folder) -> list[Item]:
+    """The questions of `test_2d.parquet` and `test_3d.parquet`, the authors' instruction in a line after their prompt.
+
+    Raises:
+        BenchmarkError: a missing file, or a row without prompt, choices, image, known source or the letter of a choice.
+    """
+    items = []
+    for name in (*folder.find("test_2d.parquet"), *folder.find("test_3d.parquet")):
+        for row in folder.rows(name, ("idx", "type", "prompt", "choices", "answer", "source"), ("image",)):
+            options = row.texts("choices")
+            items.append(
+                Item(
+                    id=f"{row.text('type')}/{row.text('idx')}",
+                    benchmark=folder.benchmark,
+                    question=f"{row.text('prompt')}\n{_ASK}",
+                    gold=row.letter("answer", len(options)),
+                    options=options,
+                    question_type=_SOURCES[row.one_of("source", ("ADE20K", "COCO", "Omni3D")).lower()],
+                    images=row.pictures(),
+                )
+            )
+    return items
 
 
 def source(case: Case) -> str:

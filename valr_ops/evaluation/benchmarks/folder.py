@@ -2,17 +2,25 @@
 
 In: the folder, and the names that a benchmark's module asks for.
 Out: rows of its tables without their pictures, and the encoded bytes of one picture when it is wanted.
-Always: a name can't lead out of the folder; a missing or damaged file is a `BenchmarkError` that says how to get it;
-what was read is known, so that the benchmark's revision can be told.
+Always: a name can't lead out of the folder, not even through a link; a missing or damaged file, or a row that lacks
+something, is a `BenchmarkError` that says where it is and how to get the files; what was read is known, so that the
+benchmark's revision can be told.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import builtins
+import csv
 import hashlib
+import io
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +29,72 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from valr_ops.evaluation.benchmarks import BenchmarkError, Picture
-from valr_ops.store.objects import EscapeError, Files, MissingError, StorageError, open_files
+from valr_ops.store.objects import EscapeError, LocalFiles, MissingError, StorageError
 
 _BLOCK = 1 << 20
 _LARGEST_PICTURE = 1 << 28
+_LETTER = re.compile(r"\(?([A-Za-z])\)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A row of a table; every method raises `BenchmarkError`, which names the row, if it is not as it should be."""
+
+    folder: Folder
+    table: str
+    number: int
+    """Counted from 0."""
+    values: Mapping[str, Any]
+    images: tuple[str, ...] = ()
+    """Columns that hold images."""
+
+    def error(self, what: str) -> BenchmarkError:
+        """`what`, with where the row stands before it."""
+        return self.folder.error(f"{self.table}, row {self.number} (from 0): {what}")
+
+    def text(self, *columns: str) -> str:
+        """What the first of these columns that the table has says, which is not nothing; of a number its digits."""
+        value = self._value(*columns)
+        if isinstance(value, str) and value:
+            return value
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            return str(value)
+        raise self.error(f"{columns[0]} is {_shown(value)} where text is expected")
+
+    def texts(self, column: str) -> tuple[str, ...]:
+        """A list of texts, at least one."""
+        value = self._value(column)
+        if isinstance(value, list) and value and all(isinstance(one, str) for one in value):
+            return tuple(value)
+        raise self.error(f"{column} is {_shown(value)} where a list of texts is expected")
+
+    def one_of(self, column: str, known: Collection[str]) -> str:
+        """A text that is one of the `known` ones."""
+        value = self.text(column)
+        if value not in known:
+            raise self.error(f"{column} is {value!r}, and not one of {', '.join(known)}")
+        return value
+
+    def letter(self, column: str, options: int) -> str:
+        """The letter of one of so many options, as it stands: ``B``, ``(B)`` or ``(b)``."""
+        value = self.text(column)
+        stated = _LETTER.fullmatch(value)
+        if not stated or ord(stated[1].upper()) - ord("A") >= options:
+            raise self.error(f"{column} is {value!r}, which is no letter of its {options} options")
+        return value
+
+    def pictures(self) -> tuple[Picture, ...]:
+        """Where the images of the row stand, at least one, in the order of their columns."""
+        found = tuple(Picture(self.table, column, self.number) for column in self.images if self.values.get(column))
+        if not found:
+            raise self.error("it has no image")
+        return found
+
+    def _value(self, *columns: str) -> Any:
+        for column in columns:
+            if column in self.values:
+                return self.values[column]
+        raise self.error(f"there is no column {columns[0]}, but {', '.join(map(str, self.values)) or 'none at all'}")
 
 
 class Folder:
@@ -45,10 +115,11 @@ class Folder:
         self.tables: list[str] = []
         """Names of the files that questions were read from, in the order of reading."""
         self._opened: dict[str, pq.ParquetFile] = {}
-        self._column: tuple[tuple[str, str, int], pa.ChunkedArray] | None = None
+        self._group: tuple[str, int] | None = None
+        self._cells: dict[str, pa.ChunkedArray] = {}
         if not root.is_dir():
             raise self.error(f"{root} is no folder")
-        self._files: Files = open_files(str(root))
+        self._files = LocalFiles(root)
 
     def error(self, what: str) -> BenchmarkError:
         """`what`, with the benchmark's name before it and how to get its files after it."""
@@ -67,31 +138,39 @@ class Folder:
         raise self.error(f"{self.root} holds no file {' or '.join(patterns)}")
 
     def has(self, name: str) -> bool:
-        """Whether there is such a file."""
-        return (self.root / name).is_file()
+        """Whether there is such a file. Raises `BenchmarkError` for a name that leads out."""
+        try:
+            self._files.path(name)
+        except MissingError:
+            return False
+        except EscapeError:
+            raise self.error(f"{name!r} leads out of {self.root}") from None
+        return True
 
     def require(self, names: Iterable[str], what: str) -> None:
         """Raise `BenchmarkError` unless all the files are there; it names the first three that are not."""
-        missing = [name for name in dict.fromkeys(names) if not (self.root / name).is_file()]
+        missing = [name for name in dict.fromkeys(names) if not self.has(name)]
         if missing:
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
             raise self.error(f"{what} missing below {self.root}: {', '.join(missing[:3])}{more}")
 
-    def parquet(self, name: str, columns: Sequence[str]) -> list[dict[str, Any]]:
-        """The rows of a parquet file, only these columns; one that the file has not is None in every row.
+    def rows(self, name: str, columns: Sequence[str], images: Sequence[str] = ()) -> Iterator[Row]:
+        """The rows of a table: a parquet file, JSON lines or comma-separated values, by the end of its name.
+
+        Args:
+            name: of the file.
+            columns: what will be asked of a row; no other column of a parquet file is read.
+            images: columns of a parquet file that hold images or null; their bytes are not read.
 
         Raises:
-            BenchmarkError: no such file, or it is no parquet file.
+            BenchmarkError: no such file, or it is damaged.
         """
-        opened = self._parquet(name)
-        self.tables.append(name)
-        known = [column for column in columns if column in opened.schema_arrow.names]
-        try:
-            rows = opened.read(columns=known).to_pylist()
-        except (pa.ArrowException, OSError) as error:
-            raise self.error(f"{name} is damaged ({error})") from None
-        absent = dict.fromkeys(column for column in columns if column not in known)
-        return [row | absent for row in rows] if absent else rows
+        if name.endswith(".parquet"):
+            yield from self._parquet_rows(name, columns, images)
+        else:
+            lines = self._separated(name) if name.endswith(".csv") else self.lines(name)
+            for number, values in enumerate(lines):
+                yield Row(self, name, number, values)
 
     def lines(self, name: str) -> Iterator[dict[str, Any]]:
         """The objects of a file of JSON lines. Raises `BenchmarkError`, which names the line."""
@@ -115,19 +194,13 @@ class Folder:
 
     def bytes(self, name: str, table: bool = True) -> bytes:
         """The content of a file; `table` where questions are in it. Raises `BenchmarkError`."""
-        try:
+        with self._named(name):
             data = self._files.read(name, _LARGEST_PICTURE)
-        except EscapeError:
-            raise self.error(f"{name!r} leads out of {self.root}") from None
-        except MissingError:
-            raise self.error(f"{self.root} holds no file {name!r}") from None
-        except StorageError as error:
-            raise self.error(f"{name!r} can't be read ({error})") from None
         if table:
             self.tables.append(name)
         return data
 
-    def picture(self, picture: Picture) -> bytes:
+    def picture(self, picture: Picture) -> builtins.bytes:
         """The encoded bytes of an image. Raises `BenchmarkError`."""
         if not picture.column:
             return self.bytes(picture.file, table=False)
@@ -140,7 +213,7 @@ class Folder:
             except (binascii.Error, ValueError):
                 value = None
         if not isinstance(value, bytes) or not value:
-            raise self.error(f"{picture.file}, row {picture.row}: {picture.column} holds no image")
+            raise self.error(f"{picture.file}, row {picture.row} (from 0): {picture.column} holds no image")
         return value
 
     def digest(self, media: Iterable[str]) -> str:
@@ -148,35 +221,88 @@ class Folder:
         digest = hashlib.sha256()
         for name in sorted(set(self.tables)):
             digest.update(name.encode() + b"\0")
-            with (self.root / name).open("rb") as file:
+            with self._named(name), self._files.open(name) as file:
                 while block := file.read(_BLOCK):
                     digest.update(block)
-        sizes = {name: (self.root / name).stat().st_size for name in set(media) if (self.root / name).is_file()}
+        sizes = {name: self._files.stamp(name).size for name in set(media) if self.has(name)}
         digest.update(json.dumps(sizes, sort_keys=True).encode())
         return digest.hexdigest()[:16]
 
+    @contextmanager
+    def _named(self, name: str) -> Iterator[None]:
+        """Turns what goes wrong with a file into a `BenchmarkError` that names it."""
+        try:
+            yield
+        except EscapeError:
+            raise self.error(f"{name!r} leads out of {self.root}") from None
+        except MissingError:
+            raise self.error(f"{self.root} holds no file {name!r}") from None
+        except StorageError as error:
+            raise self.error(f"{name!r} can't be read ({error})") from None
+
+    def _separated(self, name: str) -> Iterator[dict[str, Any]]:
+        """The rows of a file of comma-separated values whose first line names the columns."""
+        try:
+            text = self.bytes(name).decode("utf-8-sig")
+            yield from csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise self.error(f"{name} is damaged ({_line(error)})") from None
+
     def _parquet(self, name: str) -> pq.ParquetFile:
         if name not in self._opened:
-            self.require([name], "a table is")
+            with self._named(name):
+                path = self._files.path(name)
             try:
-                self._opened[name] = pq.ParquetFile(self.root / name)
+                self._opened[name] = pq.ParquetFile(path)
             except (pa.ArrowException, OSError) as error:
-                raise self.error(f"{name} is no parquet file ({error})") from None
+                raise self.error(f"{name} is no parquet file ({_line(error)})") from None
         return self._opened[name]
 
+    def _parquet_rows(self, name: str, columns: Sequence[str], images: Sequence[str]) -> Iterator[Row]:
+        opened = self._parquet(name)
+        schema = opened.schema_arrow
+        known = [column for column in columns if column in schema.names]
+        # The path beside the bytes tells a null from an image; where there is none, each row is taken to have one.
+        told, untold = [], {}
+        for image in images:
+            if image in schema.names:
+                kind = schema.field(image).type
+                if pa.types.is_struct(kind) and kind.get_field_index("path") >= 0:
+                    told.append(f"{image}.path")
+                else:
+                    untold[image] = True
+        self.tables.append(name)
+        try:
+            rows = opened.read(columns=[*known, *told]).to_pylist()
+        except (pa.ArrowException, OSError) as error:
+            raise self.error(f"{name} is damaged ({_line(error)})") from None
+        for number, values in enumerate(rows):
+            yield Row(self, name, number, values | untold, tuple(images))
+
     def _cell(self, picture: Picture) -> Any:
-        """One cell; the row group that it is in stays in memory for its neighbours."""
+        """One cell; the row group that it is in stays in memory for its neighbours, column by column."""
         opened = self._parquet(picture.file)
         row = picture.row
         for group in range(opened.num_row_groups):
             rows = opened.metadata.row_group(group).num_rows
             if row < rows:
-                key = (picture.file, picture.column, group)
-                if self._column is None or self._column[0] != key:
+                if self._group != (picture.file, group):
+                    self._group, self._cells = (picture.file, group), {}
+                if picture.column not in self._cells:
                     try:
-                        self._column = key, opened.read_row_group(group, columns=[picture.column]).column(0)
+                        read = opened.read_row_group(group, columns=[picture.column])
                     except (pa.ArrowException, OSError) as error:
-                        raise self.error(f"{picture.file} is damaged ({error})") from None
-                return self._column[1][row].as_py()
+                        raise self.error(f"{picture.file} is damaged ({_line(error)})") from None
+                    self._cells[picture.column] = read.column(0)
+                return self._cells[picture.column][row].as_py()
             row -= rows
         raise self.error(f"{picture.file} has no row {picture.row}")
+
+
+def _shown(value: object) -> str:
+    return "null" if value is None else repr(value) if len(repr(value)) < 60 else f"{repr(value)[:60]}..."
+
+
+def _line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split())

@@ -1,106 +1,146 @@
-"""A user's own benchmark: the test split of a source in the project's JSONL format, and the rules that score it.
+"""A user's own benchmark: questions in JSON lines, and the rules that score their answers.
 
-In: a jsonl source (`test.jsonl` and its images), read by the reader that training data goes through; or cases whose
-`question_type` names the rule.
-Out: items in file order; verdicts by one of four rules, chosen by the form of the gold answer; scores of cases.
-Always: bad lines, a second line with an id already seen, and unreadable images are rejections, never dropped items.
+In: a folder with one file of JSON lines (or `benchmark.jsonl` beside others) and the images and videos that it names;
+or the test records of a source in the project's JSONL format; or cases whose `question_type` names the rule.
+Out: items in file order; scores of cases.
+Always: a line that can't be asked or scored stops the reading with file and line. Of records, which others check,
+such ones and second ones with an id already seen are rejections, never dropped items.
 
-gold: a letter (`C`, `(C)`), or the text of an option that the question states
+    {"id": 1, "question": "Which is longer?", "images": ["images/1.png"], "choices": ["left", "right"], "answer": "B"}
+
+`question` is asked with its choices behind it, `prompt` word for word. Also `video` and `num_frames`; `answer_type`
+(default choice beside choices, else text); `scorer` of a number (mra, abs_tol=X or rel_tol=X); `group`, `subgroup`,
+`pair`; and `meta` for anything else. A number keeps the digits it is written with, since its tolerance depends on them.
+
+The rules: ``choice``, ``yes_no``, ``number``, ``text`` and ``list``. An answer is right if it is
+
+choice: gold a letter (`C`, `(C)`) or the text of an option
     the letter, bracketed or with one of ``. ) :`` after it, or that option's text
-gold: yes, no, true, false
+yes_no: gold yes, no, true or false
     the same truth value, in either pair of words
-gold: a number
-    an integer exactly; a decimal within half a unit of the gold's last digit
-gold: anything else
+number: gold an integer or a decimal
+    the integer exactly; the decimal within half a unit of the gold's last digit. ``number:mra`` scores as VSI-Bench
+    does; ``number:abs_tol=X`` and ``number:rel_tol=X`` give a tolerance
+text: gold a text, or a JSON list of texts of which any is right
     the same text, but for letter case, white space and a final full stop
-
-The rules of cases: ``choice`` (the default beside options), ``yes_no``, ``number``, ``number:mra`` (as in VSI-Bench),
-``number:abs_tol=X``, ``number:rel_tol=X``, ``text`` (the default; a JSON list of texts as gold means any of them) and
-``list`` (a JSON list as gold; as many elements, each right as a number or a text, in order).
+list: gold a JSON list
+    as many elements, each right as a number or a text, in order
 """
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from decimal import Decimal
 from string import ascii_uppercase
+from typing import Any
 
-import PIL.Image
-
-from valr_ops.data.images import decode
 from valr_ops.data.records import Record, Rejection
 from valr_ops.evaluation.answers import normalised
-from valr_ops.evaluation.benchmarks import BenchmarkError, Item, Verdict
+from valr_ops.evaluation.benchmarks import BenchmarkError, Item, Picture
+from valr_ops.evaluation.benchmarks.folder import Folder
 from valr_ops.evaluation.benchmarks.vsi_bench import mean_relative_accuracy
 from valr_ops.evaluation.choices import mean, means
 from valr_ops.evaluation.scoring import OFFICIAL, Case, Scored, ScoringError
+
+COUNTS: dict[str, int] = {}
+"""How many questions a user's benchmark has is not published."""
+SOURCE = "write one JSON object a line, with id, question or prompt, answer, and images or video as paths in the folder"
+
+_FIELDS = (
+    *("id", "question", "prompt", "answer", "images", "video", "num_frames", "choices", "answer_type", "scorer"),
+    *("group", "subgroup", "pair", "meta"),
+)
+_ASK_LETTER = "Answer with the option's letter from the given choices directly."
 
 _LETTER = re.compile(r"\(([A-Za-z])\)|([A-Za-z])[.):]?")
 _BARE_LETTER_GOLD = re.compile(r"[A-Z]|\([A-Za-z]\)")
 _OPTION_LINE = re.compile(r"^[ \t]*\(?([A-Z])[.):][ \t]+(\S.*?)[ \t]*$", re.MULTILINE)
 _OPTION_INLINE = re.compile(r"\(([A-Z])\)\s*([^()]*[^()\s,;.?])")
+_LETTERED_OPTION = re.compile(r"\(?([A-Z])[.):]\s*(\S.*)", re.DOTALL)
 _NUMBER = re.compile(r"[+-]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,3})?")
 _TRUTH = {"yes": "yes", "true": "yes", "no": "no", "false": "no"}
 
 
-class JsonlBenchmark:
-    """The test records of one jsonl source."""
+def read(folder: Folder) -> list[Item]:
+    """The questions of a user's own benchmark; see the module for its fields.
 
-    def __init__(self, name: str, records: Iterable[Record | Rejection], limit: int | None = None):
-        """`name` is the source's name, `records` what its reader yields for the split test.
+    Raises:
+        BenchmarkError: no file, several of which none is `benchmark.jsonl`, or a line that can't be asked or scored:
+            unknown or wrong fields, an id already seen, missing media or ones outside the folder, a gold that is none
+            of the choices, no finite number, or 0 where the error is relative to it.
+    """
+    names = folder.find("*.jsonl")
+    name = "benchmark.jsonl" if "benchmark.jsonl" in names else names[0]
+    if len(names) > 1 and name != "benchmark.jsonl":
+        raise folder.error(f"{folder.root} holds {', '.join(names)}; call the one with the questions benchmark.jsonl")
+    items: list[Item] = []
+    lines: dict[str, int] = {}
+    for line in _lines(folder, name):
+        item = _item(line)
+        if item.id in lines:
+            raise line.error(f"id {item.id!r} was already in line {lines[item.id]}; keep one of the two")
+        items.append(item)
+        lines[item.id] = line.number
+    return items
 
-        Raises:
-            BenchmarkError: not one record can be asked.
-        """
-        self.name = name
-        self.rejections: list[Rejection] = []
-        items: dict[str, Item] = {}
-        for record in records:
-            if isinstance(record, Rejection):
-                self.rejections.append(record)
-            elif record.id in items:
-                self.rejections.append(
-                    Rejection(
-                        record.id, name, "duplicate_id", f"test.jsonl of {name} has a second record {record.id!r}"
-                    )
-                )
-            elif limit is None or len(items) < limit:
-                shown = tuple(image for image in record.images if image.role == "input")
-                items[record.id] = Item(record.id, name, record.question, record.answer, shown)
-        if not items:
-            why = (
-                "; ".join(sorted({rejection.reason for rejection in self.rejections}))
-                or "there is no test.jsonl, or nothing in it"
-            )
-            raise BenchmarkError(
-                f"benchmark {name} has no item: {why}. Put records with question, answer and images into its test.jsonl"
-            )
-        self._items = list(items.values())
 
-    def items(self) -> Sequence[Item]:
-        """Every test record that can be asked, in file order."""
-        return self._items
+def from_records(name: str, records: Iterable[Record | Rejection]) -> tuple[list[Item], list[Rejection]]:
+    """The test records of a source as questions, asked word for word with their input images.
 
-    def prompt(self, item: Item) -> tuple[list[PIL.Image.Image], str]:
-        """The record's input images and its question word for word."""
-        return [decode(image.data) for image in item.images], item.question
+    Args:
+        name: of the source.
+        records: what its reader yields for the split test.
 
-    def score(self, item: Item, answer: str) -> Verdict:
-        """Judge by the rule for the gold's form; see the table above."""
-        given = _in_form_of(item, answer)
-        if given is None:
-            return Verdict(correct=False, resolved=False)
-        right, number = _number(item.gold), _number(given)
-        if right is not None and number is not None:
-            return Verdict(correct=abs(number - right) <= _tolerance(right), resolved=True)
-        return Verdict(correct=given == self.constant_answer(item), resolved=True)
+    Returns:
+        items in file order, whose rule follows from the gold, and from the options that the question states; and the
+        records that can't be asked.
 
-    def constant_answer(self, item: Item) -> str:
-        """The gold as the rules compare it: `C`, `yes`, `3.5` or normalised text."""
-        answer = _in_form_of(item, item.gold)
-        return normalised(item.gold) if answer is None else answer
+    Raises:
+        BenchmarkError: not one record can be asked.
+    """
+    rejections: list[Rejection] = []
+    items: dict[str, Item] = {}
+    for record in records:
+        if isinstance(record, Rejection):
+            rejections.append(record)
+            continue
+        rule, gold, stated = _inferred(record.question, record.answer)
+        shown = tuple(image for image in record.images if image.role == "input")
+        if record.id in items:
+            detail = f"test.jsonl of {name} has a second record {record.id!r}"
+            rejections.append(Rejection(record.id, name, "duplicate_id", detail))
+        elif rule == "choice" and _chosen(gold, stated) is None:
+            detail = f"answer {gold} is none of the {len(stated)} options that the question states"
+            rejections.append(Rejection(record.id, name, "answer_not_allowed", detail))
+        else:
+            items[record.id] = Item(record.id, name, record.question, gold, stated, rule, images=shown)
+    if not items:
+        why = (
+            "; ".join(sorted({rejection.reason for rejection in rejections}))
+            or "there is no test.jsonl, or nothing in it"
+        )
+        raise BenchmarkError(
+            f"benchmark {name} has no item: {why}. Put records with question, answer and images into its test.jsonl"
+        )
+    return list(items.values()), rejections
+
+
+def _inferred(question: str, answer: str) -> tuple[str, str, tuple[str, ...]]:
+    """Rule, gold and options of a record, by the form of its answer."""
+    answer = answer.strip()
+    stated = tuple(options(question).values())
+    if _BARE_LETTER_GOLD.fullmatch(answer) or normalised(answer) in map(normalised, stated):
+        return "choice", answer, stated
+    if normalised(answer) in _TRUTH:
+        return "yes_no", answer, ()
+    if _number(answer) is not None:
+        return "number", answer, ()
+    return "text", _text_gold(answer), ()
 
 
 def options(question: str) -> dict[str, str]:
@@ -111,27 +151,156 @@ def options(question: str) -> dict[str, str]:
     for pattern in (_OPTION_LINE, _OPTION_INLINE):
         found = pattern.findall(question)
         letters = "".join(letter for letter, _ in found)
-        if len(found) > 1 and letters == "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(found)]:
+        if len(found) > 1 and letters == ascii_uppercase[: len(found)]:
             return dict(found)
     return {}
 
 
-def _in_form_of(item: Item, answer: str) -> str | None:
-    """`answer` reduced to the form of the item's gold, or None where it has not that form."""
-    gold, answer = item.gold.strip(), answer.strip()
-    stated = options(item.question)
-    by_text = {normalised(text): letter for letter, text in stated.items()}
-    if _BARE_LETTER_GOLD.fullmatch(gold) or normalised(gold) in by_text:
-        if normalised(answer) in by_text:
-            return by_text[normalised(answer)]
-        letter = _letter(answer)
-        return None if stated and letter not in stated else letter
-    if normalised(gold) in _TRUTH:
-        return _TRUTH.get(normalised(answer))
-    if _number(gold) is not None:
-        number = _number(answer)
-        return None if number is None else format(number.normalize(), "f")
-    return normalised(answer) or None
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """One line of the file, whose fields are asked for by kind; errors name file and line."""
+
+    folder: Folder
+    file: str
+    number: int
+    """From 1."""
+    values: Mapping[str, Any]
+    """Without nulls."""
+
+    def error(self, what: str) -> BenchmarkError:
+        return self.folder.error(f"{self.file}:{self.number}: {what}")
+
+    def wrong(self, field: str, expected: str) -> BenchmarkError:
+        return self.error(f"{field} is {str(self.values[field])[:60]!r}, where {expected} is expected")
+
+    def require(self, name: str) -> None:
+        """Raise `BenchmarkError` unless the folder has this file."""
+        try:
+            there = self.folder.has(name)
+        except BenchmarkError:
+            raise self.error(f"{name!r} leads out of the folder") from None
+        if not there:
+            raise self.error(f"there is no file {name!r} in {self.folder.root}")
+
+    def text(self, field: str) -> str:
+        """A text or a whole number; empty where there is no such field."""
+        value = self.values.get(field, "")
+        if isinstance(value, int) and not isinstance(value, bool):
+            return str(value)
+        if field in self.values and not (isinstance(value, str) and value.strip()):
+            raise self.wrong(field, "text")
+        return str(value)
+
+    def texts(self, field: str) -> tuple[str, ...]:
+        """A list of texts; empty where there is no such field."""
+        value = self.values.get(field, [])
+        if not isinstance(value, list) or not all(isinstance(one, str) and one.strip() for one in value):
+            raise self.wrong(field, "a list of texts")
+        return tuple(value)
+
+
+def _lines(folder: Folder, name: str) -> Iterator[_Line]:
+    """The objects of the file. Numbers are `Decimal`s, which keep their digits."""
+    for number, line in enumerate(folder.bytes(name).removeprefix(b"\xef\xbb\xbf").splitlines(), start=1):
+        if line.strip():
+            try:
+                values = json.loads(line.decode(), parse_float=Decimal, parse_constant=Decimal)
+                # Refuses half of a pair of UTF-16, which no file of results could hold.
+                json.dumps(values, ensure_ascii=False, default=str).encode()
+            except (ValueError, RecursionError) as error:
+                raise folder.error(f"{name}:{number} is not JSON in UTF-8 ({error})") from None
+            if not isinstance(values, dict):
+                raise folder.error(f"{name}:{number} is no JSON object")
+            yield _Line(folder, name, number, {key: value for key, value in values.items() if value is not None})
+
+
+def _item(line: _Line) -> Item:
+    unknown = sorted(line.values.keys() - set(_FIELDS))
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], _FIELDS, n=1)
+        hint = f"did you mean {close[0]}?" if close else "put it under meta"
+        raise line.error(f"there is no field {unknown[0]!r}; {hint}")
+    for field in ("id", "answer"):
+        if field not in line.values:
+            raise line.error(f"{field} is missing")
+    if not isinstance(line.values.get("meta", {}), dict):
+        raise line.wrong("meta", "an object")
+    frames = line.values.get("num_frames", 0)
+    if "num_frames" in line.values and (type(frames) is not int or frames < 1 or "video" not in line.values):
+        raise line.wrong("num_frames", "a whole number above 0, beside a video,")
+    choices = _choices(line)
+    item = Item(
+        id=line.text("id"),
+        benchmark=line.folder.benchmark,
+        question=_asked(line, choices),
+        gold=_gold(line),
+        options=choices,
+        question_type=_rule(line),
+        cluster=line.text("pair"),
+        images=tuple(map(Picture, line.texts("images"))),
+        video=line.text("video"),
+        frames=frames,
+        group=line.text("group"),
+        subgroup=line.text("subgroup"),
+    )
+    for name in (*line.texts("images"), *filter(None, [item.video])):
+        line.require(name)
+    try:
+        official(Case(item.id, item.gold, "", item.question_type, item.options))
+    except ScoringError as error:
+        raise line.error(str(error)) from None
+    return item
+
+
+def _choices(line: _Line) -> tuple[str, ...]:
+    """The choices without letters."""
+    choices = tuple(_without_letters(line.texts("choices")))
+    if "choices" in line.values and not 2 <= len(set(map(normalised, choices))) == len(choices) <= len(ascii_uppercase):
+        raise line.wrong("choices", f"a list of 2 to {len(ascii_uppercase)} different texts")
+    return choices
+
+
+def _asked(line: _Line, choices: Sequence[str]) -> str:
+    if ("question" in line.values) == ("prompt" in line.values):
+        raise line.error("give either question or prompt")
+    if "prompt" in line.values or not choices:
+        return line.text("prompt") or line.text("question")
+    lettered = (f"{letter}. {text}" for letter, text in zip(ascii_uppercase, choices))
+    return "\n".join([line.text("question"), *lettered, _ASK_LETTER])
+
+
+def _rule(line: _Line) -> str:
+    """The answer type, and behind a colon the scorer if there is one."""
+    kind = line.text("answer_type") or ("choice" if "choices" in line.values else "text")
+    if kind not in (*_RULES, "number"):
+        raise line.wrong("answer_type", f"one of {', '.join((*_RULES, 'number'))}")
+    if "choices" in line.values and kind != "choice":
+        raise line.error(f"answer_type {kind} has no choices")
+    return ":".join(filter(None, [kind, line.text("scorer")]))
+
+
+def _gold(line: _Line) -> str:
+    """The answer: a text as it is, of a number its digits, of a list its JSON text."""
+    answer = line.values["answer"]
+    elements = answer if isinstance(answer, list) else [answer]
+    if not elements or not all(map(_is_answer, elements)):
+        raise line.wrong("answer", "a text, a finite number, or a list of these")
+    if not isinstance(answer, list):
+        return _text_gold(answer) if _rule(line) == "text" and isinstance(answer, str) else str(answer)
+    if _rule(line) not in ("text", "list"):
+        raise line.wrong("answer", f"one answer of type {_rule(line)}")
+    return f"[{', '.join(json.dumps(one, ensure_ascii=False) if isinstance(one, str) else str(one) for one in answer)}]"
+
+
+def _is_answer(value: object) -> bool:
+    if isinstance(value, Decimal):
+        return value.is_finite()
+    return (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, str) and bool(value.strip()))
+
+
+def _text_gold(answer: str) -> str:
+    """The gold of the rule text that stands for this one text, even if it reads like a list of texts."""
+    return json.dumps([answer], ensure_ascii=False) if _json_list(answer) else answer
 
 
 def _letter(answer: str) -> str | None:
@@ -157,7 +326,7 @@ def official(case: Case) -> Scored:
     Raises:
         ScoringError: there is no such rule, or the gold has not the form that it asks for.
     """
-    name, _, how = (case.question_type or ("choice" if case.options else "text")).partition(":")
+    name, how = _rule_of(case)
     if name == "number":
         return _score_number(case, how)
     rule = _RULES.get(name)
@@ -169,7 +338,55 @@ def official(case: Case) -> Scored:
     return rule(case)
 
 
+def _rule_of(of: Case | Item) -> tuple[str, str]:
+    """The rule that `question_type` names, by default choice beside options, else text; and how it scores."""
+    name, _, how = (of.question_type or ("choice" if of.options else "text")).partition(":")
+    return name, how
+
+
 PROFILES = {OFFICIAL: official}
+
+
+def comparable(of: Case | Item) -> str:
+    """The gold as its rule compares it, for the answer that is right most often: `C`, `yes`, `3.5`, normalised text."""
+    rule = _rule_of(of)[0]
+    if rule == "choice":
+        return _chosen(of.gold, of.options) or normalised(of.gold)
+    if rule == "yes_no":
+        return _TRUTH.get(normalised(of.gold), normalised(of.gold))
+    if rule == "list":
+        return json.dumps([_plain(one) for one in _json_list(of.gold) or ()], ensure_ascii=False)
+    return _plain(of.gold) if rule == "number" else normalised((_json_list(of.gold) or [of.gold])[0])
+
+
+def _plain(text: str) -> str:
+    """A number without what its digits don't need, other text normalised."""
+    number = _number(text)
+    return normalised(text) if number is None else format(number.normalize(), "f")
+
+
+def group_totals(items: Sequence[Item], scores: Sequence[Scored]) -> dict[str, float]:
+    """What `totals` can't tell from cases: the mean of each group, `macro` over groups, `pair` over pairs.
+
+    A pair, of any number of items, is right if all of them are. Items without a group or a pair are left out; where no
+    item has one, so is the total.
+    """
+    groups: defaultdict[str, list[float]] = defaultdict(list)
+    pairs: defaultdict[str, list[float]] = defaultdict(list)
+    for item, scored in zip(items, scores, strict=True):
+        if item.group:
+            groups[item.group].append(scored.score)
+        if item.group and item.subgroup:
+            groups[f"{item.group}/{item.subgroup}"].append(scored.score)
+        if item.cluster:
+            pairs[item.cluster].append(scored.score)
+    found = {name: sum(values) / len(values) for name, values in groups.items()}
+    whole = [found[name] for name in dict.fromkeys(item.group for item in items if item.group)]
+    if whole:
+        found["macro"] = sum(whole) / len(whole)
+    if pairs:
+        found["pair"] = sum(min(values) == 1 for values in pairs.values()) / len(pairs)
+    return found
 
 
 def totals(cases: Sequence[Case], scores: Sequence[Scored], profile: str) -> dict[str, float | None]:
@@ -281,7 +498,6 @@ def _bad_gold(case: Case, what: str) -> ScoringError:
     return ScoringError(f"case {case.id!r}: gold {case.gold!r} is {what} (question_type {case.question_type!r})")
 
 
-_LETTERED_OPTION = re.compile(r"\(?([A-Z])[.):]\s*(\S.*)", re.DOTALL)
 _RULES: dict[str, Callable[[Case], Scored]] = {
     "choice": _score_choice,
     "yes_no": _score_truth,

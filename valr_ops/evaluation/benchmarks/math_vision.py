@@ -1,8 +1,10 @@
 """MathVision (MATH-V): 3,040 problems of mathematics competitions, in 16 subjects and 5 levels.
 
-In: cases whose `question_type` is the subject, or "SUBJECT_levelN" as the authors' own tables name it; gold a letter A
-to E where there are options, else the answer; options the texts of the choices.
-Out: scores by the authors' rules (mathllm/MATH-V), which lmms-eval 0.7.3 repeats, or by VLMEvalKit's; and the totals.
+In: `test-*.parquet` of `MathLLMs/MathVision`, not its testmini, whose score is another figure; or cases whose
+`question_type` is the subject, or "SUBJECT_levelN" as the authors' own tables name it; gold a letter A to E where there
+are options, else the answer; options the texts of the choices.
+Out: items in file order, worded as the authors word them; scores by the authors' rules (mathllm/MATH-V), which
+lmms-eval 0.7.3 repeats, or by VLMEvalKit's; and the totals.
 Always: an answer is right if it equals the gold letter or the text of the gold option, as a string or as a number at
 two decimals. Nothing that a model wrote is run: numbers are read by `arithmetic`, with bounds.
 """
@@ -15,8 +17,22 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from valr_ops.evaluation.arithmetic import Number, latex_value, python_value
+from valr_ops.evaluation.benchmarks import Item
+from valr_ops.evaluation.benchmarks.folder import Folder
 from valr_ops.evaluation.choices import can_infer, gold_letter, mean, means
 from valr_ops.evaluation.scoring import LMMS_EVAL, OFFICIAL, VLMEVALKIT, Case, Scored, ScoringError
+
+COUNTS = {"": 3040}
+"""Questions of the test split."""
+SOURCE = (
+    "get it with `hf download MathLLMs/MathVision --repo-type dataset --revision COMMIT --include 'data/test-*' "
+    "--local-dir FOLDER`"
+)
+_COLUMNS = ("id", "question", "options", "answer", "level", "subject")
+_ASK = (
+    'Please solve the problem step by step and put your answer in one "\\boxed{}". '
+    'If it is a multiple choice question, only one letter is allowed in the "\\boxed{}".'
+)
 
 _LETTERS = "ABCDE"
 _PHRASES = ("the final answer is", "the answer is", "the correct answer is", "the answer should be")
@@ -36,6 +52,34 @@ _LATEX_NOISE = (
     *(("\n", ""), ("\\!", ""), ("\\\\", "\\"), ("tfrac", "frac"), ("dfrac", "frac"), ("\\left", ""), ("\\right", "")),
     *(("^{\\circ}", ""), ("^\\circ", ""), ("\\$", ""), ("$", "")),
 )
+
+
+def read(folder: Folder) -> list[Item]:
+    """The questions of `test-*.parquet`, each with its one merged image.
+
+    Raises:
+        BenchmarkError: no such file, or a row without its fields.
+    """
+    return [
+        Item(
+            id=row.text("id"),
+            benchmark=folder.benchmark,
+            question=_asked(row.text("question"), options),
+            gold=row.letter("answer", len(options)) if options else row.text("answer"),
+            options=options,
+            question_type=f"{row.text('subject')}_level{row.text('level')}",
+            images=row.pictures(),
+        )
+        for name in folder.find("test-*.parquet", "data/test-*.parquet")
+        for row in folder.rows(name, _COLUMNS, ["decoded_image"])
+        for options in [() if row.values.get("options") == [] else row.texts("options")]
+    ]
+
+
+def _asked(question: str, options: Sequence[str]) -> str:
+    # Options that are nothing but their letters stand in the picture.
+    stated = () if "".join(options) == _LETTERS else zip(_LETTERS, options)
+    return f"{_ASK}\n{question}\n" + "".join(f"({letter}) {text}\n" for letter, text in stated)
 
 
 def official(case: Case) -> Scored:

@@ -1,9 +1,11 @@
 """MathVista testmini: 1,000 questions of mathematics in pictures, of choice or with an integer, a decimal or a list.
 
-In: cases with the gold answer, which for choices is the option's text, and options the texts of the choices.
-`question_type` is the data set's question or answer type: multi_choice, text, free_form, integer, float or list. For
-free_form the gold says which; the precision of a decimal is the number of decimals of its gold, or N in "float:N".
-Out: scores by the authors' normalisation (lupantech/MathVista), lmms-eval or VLMEvalKit; and the totals.
+In: `testmini*.parquet` of `AI4Math/MathVista`; or cases with the gold answer, which for choices is the option's text,
+and options the texts of the choices. `question_type` is the data set's question or answer type: multi_choice, text,
+free_form, integer, float or list. For free_form the gold says which; the precision of a decimal is the number of
+decimals of its gold, or N in "float:N".
+Out: items in file order, in the authors' ready wording; scores by the authors' normalisation (lupantech/MathVista),
+lmms-eval or VLMEvalKit; and the totals.
 Always: the authors have a language model shorten the answer first, and take the option nearest by edit distance where
 the result is none of the options. Here the answer is normalised as it is, and where nothing can be read of it, it is
 unresolved.
@@ -15,12 +17,53 @@ import re
 from collections.abc import Sequence
 from string import ascii_uppercase
 
+from valr_ops.evaluation.benchmarks import Item
+from valr_ops.evaluation.benchmarks.folder import Folder, Row
 from valr_ops.evaluation.choices import can_infer, mean, means
 from valr_ops.evaluation.scoring import LMMS_EVAL, OFFICIAL, VLMEVALKIT, Case, Scored, ScoringError
+
+COUNTS = {"": 1000}
+"""Questions of testmini. The answers of the larger test split are withheld."""
+SOURCE = (
+    "get it with `hf download AI4Math/MathVista --repo-type dataset --revision COMMIT --include 'data/testmini*' "
+    "--local-dir FOLDER`"
+)
+_COLUMNS = ("pid", "query", "choices", "precision", "answer", "question_type", "answer_type")
 
 _BRACKETED = re.compile(r"\(([a-zA-Z])\)")
 _INTEGER = re.compile(r"\s*[+-]?[0-9]+\s*")
 _TYPES = ("multi_choice", "text", "free_form", "integer", "float", "list")
+
+
+def read(folder: Folder) -> list[Item]:
+    """The questions of `testmini*.parquet`; the type is multi_choice, or that of the answer.
+
+    Raises:
+        BenchmarkError: no such file, or a row without its fields.
+    """
+    return [
+        Item(
+            id=row.text("pid"),
+            benchmark=folder.benchmark,
+            question=row.text("query"),
+            gold=row.one_of("answer", options) if options else row.text("answer"),
+            options=options,
+            question_type="multi_choice" if options else _answer_type(row),
+            images=row.pictures(),
+        )
+        for name in folder.find("testmini*.parquet", "data/testmini*.parquet")
+        for row in folder.rows(name, _COLUMNS, ["decoded_image"])
+        for options in [row.texts("choices") if row.text("question_type") == "multi_choice" else ()]
+    ]
+
+
+def _answer_type(row: Row) -> str:
+    """The answer type, of a decimal with its precision if the gold has another number of decimals."""
+    kind = row.one_of("answer_type", ("integer", "float", "list"))
+    if kind != "float":
+        return kind
+    precision = int(float(row.text("precision")))
+    return kind if precision == _decimals(row.text("answer")) else f"float:{precision}"
 
 
 def official(case: Case) -> Scored:
@@ -151,4 +194,8 @@ def _kind(case: Case) -> tuple[str, int | None]:
         return "list", None
     if stated == "integer" or (stated != "float" and _INTEGER.fullmatch(case.gold)):
         return "number", None
-    return "number", int(decimals) if decimals else len(case.gold.strip().partition(".")[2])
+    return "number", int(decimals) if decimals else _decimals(case.gold)
+
+
+def _decimals(gold: str) -> int:
+    return len(gold.strip().partition(".")[2])

@@ -1,15 +1,21 @@
 """MMStar: 1,500 questions that can't be answered without the image, in 6 categories of 3 sub-categories each.
 
-In: cases whose `question_type` is the sub-category, or else the category; gold "B"; options only for VLMEvalKit.
-Out: scores by the authors' rule (MMStar-Benchmark/MMStar 79e6d1c), lmms-eval or VLMEvalKit, and the totals.
-Always: the authors read one character and no more, so "Above all" reads A.
+In: `Lin-Chen/MMStar` on disk, one parquet file whose questions contain their options; or cases whose `question_type`
+is the sub-category, or else the category; gold "B"; options only for VLMEvalKit.
+Out: items in file order; scores by the authors' rule (MMStar-Benchmark/MMStar 79e6d1c), lmms-eval or VLMEvalKit, and
+the totals.
+Always: the instruction after a question is lmms-eval's, which has no full stop. The authors read one character and no
+more, so "Above all" reads A.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
-from valr_ops.evaluation.choices import by_can_infer, extract_letter, gold_letter, judged, mean, means
+from valr_ops.evaluation.benchmarks import Item
+from valr_ops.evaluation.benchmarks.folder import Folder
+from valr_ops.evaluation.choices import USUAL_LETTERS, by_can_infer, extract_letter, gold_letter, judged, mean, means
 from valr_ops.evaluation.scoring import LMMS_EVAL, OFFICIAL, VLMEVALKIT, Case, Scored, Totals
 
 CATEGORIES = {
@@ -29,7 +35,48 @@ CATEGORIES = {
     "math": ("geometry", "numeric commonsense and calculation", "statistical reasoning"),
 }
 _CATEGORY_OF = {part: category for category, parts in CATEGORIES.items() for part in parts}
+COUNTS = {"": 1500}
+SOURCE = "get it with `hf download Lin-Chen/MMStar --repo-type dataset --revision COMMIT --local-dir FOLDER`"
+_ASK = "Answer with the option's letter from the given choices directly"
+_LIST = re.compile("(?:Options|Choices):")
+_MARK = re.compile(r"(?:^|,?\s)\s*(?:([A-D]):|\(([A-D])\))\s*")
 _OPENINGS = ("(", "option ", "the answer is ")
+
+
+def read(folder: Folder) -> list[Item]:
+    """The questions of `mmstar.parquet`.
+
+    Raises:
+        BenchmarkError: a missing file, or a row without question, image, known sub-category or a letter from A to D.
+    """
+    items = []
+    for name in folder.find("mmstar.parquet", "data/val-*.parquet"):
+        for row in folder.rows(name, ("index", "question", "answer", "l2_category"), ("image",)):
+            question = row.text("question")
+            items.append(
+                Item(
+                    id=row.text("index"),
+                    benchmark=folder.benchmark,
+                    question=f"{question}\n{_ASK}",
+                    gold=row.letter("answer", len(USUAL_LETTERS)),
+                    options=stated_options(question),
+                    question_type=row.one_of("l2_category", _CATEGORY_OF),
+                    images=row.pictures(),
+                )
+            )
+    return items
+
+
+def stated_options(question: str) -> tuple[str, ...]:
+    """The options that a question ends in, ``Options: A: red, B: blue`` or ``Choices:\\n(A) red\\n(B) blue``.
+
+    Options of the text "nan" are gaps of the data set and left out. Empty where the letters are not A, B and so on.
+    """
+    _, *parts = _MARK.split(_LIST.split(question)[-1].strip())
+    letters = [colon or bracket for colon, bracket in zip(parts[::3], parts[1::3], strict=True)]
+    if "".join(letters) != USUAL_LETTERS[: len(letters)]:
+        return ()
+    return tuple(text.strip() for text in parts[2::3] if text.strip() != "nan")
 
 
 def official(case: Case) -> Scored:

@@ -1,8 +1,10 @@
 """MMVP: pairs of images that CLIP takes for alike, one question to both, whose answers are opposite.
 
-In: cases whose id holds the question's Index, 1 to 300, and whose gold is ``(a)`` or ``(b)``.
-Out: 0 or 1 a case; `single` accuracy over cases and `pair` accuracy over pairs, which are never to be mixed up.
-Always: Index 1 and 2 are a pair, 3 and 4 the next, in whatever order the cases come.
+In: `MMVP/MMVP` on disk, a table of questions and a folder of images, or `lmms-lab-eval/MMVP`, one parquet file; or
+cases whose id holds the question's Index, 1 to 300, and whose gold is ``(a)`` or ``(b)``.
+Out: items in file order, their options in the one text that the data set has; 0 or 1 a case; `single` accuracy over
+cases and `pair` accuracy over pairs, which are never to be mixed up.
+Always: Index 1 and 2 are a pair, 3 and 4 the next, in whatever order the cases come. A gold is the one of the files.
 
 The authors' own score asks GPT-4 about each answer, so `official` leaves every case unresolved and is not the default.
 Sources: tsb0601/MMVP, scripts/gpt_grader.py; lmms-eval 0.7.3, tasks/mmvp; VLMEvalKit e8e78f0.
@@ -14,9 +16,16 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
+from valr_ops.evaluation.benchmarks import Item, Picture
+from valr_ops.evaluation.benchmarks.folder import Folder
 from valr_ops.evaluation.choices import can_infer, can_infer_letter, gold_letter, judged, mean
 from valr_ops.evaluation.scoring import LMMS_EVAL, OFFICIAL, VLMEVALKIT, Case, Scored, ScoringError, Totals
 
+COUNTS = {"": 300}
+SOURCE = (
+    "get it with `hf download MMVP/MMVP --repo-type dataset --revision COMMIT --local-dir FOLDER`, or with four labels "
+    "corrected as lmms-lab-eval/MMVP"
+)
 CORRECTED = {99: "B", 100: "A", 279: "B", 280: "A"}
 """Right letters by Index where the original labels are swapped (tsb0601/MMVP#30, lmms-eval#1018).
 
@@ -34,6 +43,38 @@ _LETTER_RULES = (
     re.compile(r"([AB])\)?(?:\s|\Z)", re.IGNORECASE),
     re.compile(r"\A([AB])", re.IGNORECASE),
 )
+
+
+def read(folder: Folder) -> list[Item]:
+    """The questions of `Questions.csv` with the images of `MMVP Images`, else of `data/train-*.parquet`.
+
+    The authors put question and options into one line and add no instruction.
+
+    Raises:
+        BenchmarkError: a missing table or image, or a row without Index, question, options or one of the two letters.
+    """
+    items = []
+    for name in folder.find("Questions.csv", "data/train-*.parquet"):
+        for row in folder.rows(name, ("Index", "Question", "Options", "Correct Answer"), ("image",)):
+            # One version of the authors' file has a small L in its heading.
+            index = row.text("Index", "lndex")
+            if not index.isdecimal() or index.startswith("0"):
+                raise row.error(f"Index is {index!r} where a number from 1 on is expected")
+            options = row.text("Options")
+            items.append(
+                Item(
+                    id=index,
+                    benchmark=folder.benchmark,
+                    question=f"{row.text('Question')} {options}",
+                    gold=row.letter("Correct Answer", len(_LETTERS)),
+                    options=(options,),
+                    cluster=f"pair {(int(index) + 1) // 2}",
+                    images=row.pictures() if row.images else (Picture(f"MMVP Images/{index}.jpg"),),
+                )
+            )
+    pictures = (picture.file for item in items for picture in item.images if isinstance(picture, Picture))
+    folder.require(pictures, "images are")
+    return items
 
 
 def read_letter(output: str) -> str | None:

@@ -2,7 +2,8 @@
 
 In: `nyu-visionx/VSI-Bench` on disk, its zips unpacked: a table of questions, and `DATASET/SCENE.mp4`; or cases whose
 `question_type` is one of the ten of the data set, and whose gold is a letter or a number as text.
-Out: items in file order; scores, 0 or 1 for a letter, a tenth for each threshold that a number meets; totals for the eight tasks of the paper.
+Out: items in file order; scores, 0 or 1 for a letter, a tenth for each threshold that a number meets; totals for the
+eight tasks of the paper.
 Always: the mean over tasks (macro) is None where a task is missing, never a mean over fewer.
 
 Sources: Yang et al., arXiv 2412.14171; vision-x-nyu/thinking-in-space, whose harness trims an answer first; lmms-eval
@@ -67,34 +68,33 @@ THRESHOLDS = (
 
 
 def read(folder: Folder) -> list[Item]:
-    """The questions of `test*.parquet`, else of `test.jsonl`, worded as the authors word them.
+    """The questions of `test-*.parquet`, else of `test.jsonl`, worded as the authors word them.
 
     Raises:
-        BenchmarkError: a missing table or video, or a row without its fields.
+        BenchmarkError: a missing table or video, or a row that is no question of one of the ten types with its gold.
     """
-    name = folder.find("test*.parquet", "data/test*.parquet", "test.jsonl")[0]
-    rows = folder.parquet(name, _COLUMNS) if name.endswith(".parquet") else folder.lines(name)
     items = []
-    for number, row in enumerate(rows):
-        options = tuple(row.get("options") or ())
-        try:
-            video = f"{row['dataset']}/{row['scene_name']}.mp4"
-            asked = [_FRAMES, row["question"]]
-            asked += ["Options:", *options, _ASK_LETTER] if options else [_ASK_NUMBER]
+    for name in folder.find("test-*.parquet", "data/test-*.parquet", "test.jsonl"):
+        for row in folder.rows(name, _COLUMNS):
+            kind = row.one_of("question_type", COUNTS)
+            scene = f"{row.text('dataset')}/{row.text('scene_name')}"
+            options = () if kind in NUMERIC else row.texts("options")
+            gold = row.letter("ground_truth", len(options)) if options else row.text("ground_truth")
+            if not options and _number(gold) is None:
+                raise row.error(f"ground_truth is {gold!r}, from which no relative error can be taken")
+            asked = ["Options:", *options, _ASK_LETTER] if options else [_ASK_NUMBER]
             items.append(
                 Item(
-                    id=str(row["id"]),
-                    benchmark="vsi_bench",
-                    question="\n".join(asked),
-                    gold=str(row["ground_truth"]),
+                    id=row.text("id"),
+                    benchmark=folder.benchmark,
+                    question="\n".join([_FRAMES, row.text("question"), *asked]),
+                    gold=gold,
                     options=options,
-                    question_type=row["question_type"],
-                    cluster=f"{row['dataset']}/{row['scene_name']}",
-                    video=video,
+                    question_type=kind,
+                    cluster=scene,
+                    video=f"{scene}.mp4",
                 )
             )
-        except (KeyError, TypeError) as error:
-            raise folder.error(f"{name}, row {number} has not the fields of a question ({error!r})") from None
     folder.require((item.video for item in items), "videos are")
     return items
 
@@ -182,16 +182,22 @@ def _gold(case: Case) -> str | float:
             f"case {case.id!r}: question_type {case.question_type!r} is not in VSI-Bench; it has "
             f"{', '.join((*NUMERIC, *MULTIPLE_CHOICE))}"
         )
-    try:
-        number = float(case.gold)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number) or number == 0:
+    number = _number(case.gold)
+    if number is None:
         raise ScoringError(
             f"case {case.id!r}: gold {case.gold!r} is no number, or 0, and an error relative to it does not exist; "
             "correct the gold, or leave the case out"
         )
     return number
+
+
+def _number(gold: str) -> float | None:
+    """The number that a gold states, None where there is no error relative to it."""
+    try:
+        number = float(gold)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) and number != 0 else None
 
 
 # lmms-eval: the number that comes first, in digits or in words.
