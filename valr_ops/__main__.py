@@ -177,6 +177,14 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("run", type=Path, metavar="FOLDER", help="what `valr ask` wrote")
     evaluate.add_argument("--profile", metavar="NAME", help="whose rules; each benchmark's default without it")
 
+    report = verb("report", _report, "put scored models side by side on one page, with the paper's cells", False)
+    report.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="scores: of `valr evaluate` or a stage")
+    report.add_argument("--out", required=True, type=Path, metavar="HTML", help="the page, one file")
+    report.add_argument("--reference", metavar="NAME", help="the model that others are compared with; SFT or the first")
+    report.add_argument(
+        "--allow-different", action="append", default=[], metavar="FIELD", help="compare though this differs, and say so"
+    )
+
     verb("doctor", _doctor, "check this machine and say how to mend what is wrong")
     verb("env", _env, 'print the environment for other shells: eval "$(valr env)"')
     return parser
@@ -236,7 +244,7 @@ def _demo(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from valr_ops import orchestration
-    from valr_ops.evaluation.report import terminal_table
+    from valr_ops.evaluation.ablation import terminal_table
     from valr_ops.store.artifacts import folder, project_root
 
     overrides = _overrides(options)
@@ -445,6 +453,15 @@ def _evaluate(options: argparse.Namespace) -> int:
     scores, table = asking.score_run(options.run, recipe, root / ".valr" / "cache" / "frames", options.profile)
     print(table)
     _last_line(out=str(options.run), benchmarks=scores["benchmarks"])
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from valr_ops.evaluation import report
+
+    said = report.write_page(options.folders, options.out, options.reference, options.allow_different)
+    print(f"{', '.join(said['models'])} side by side: {options.out}")
+    _last_line(**said)
     return 0
 
 

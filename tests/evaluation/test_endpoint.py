@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import threading
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from tests.data.endpoint import Asked, Endpoint, Says, completion, error, saying, serving
 from valr_ops.evaluation.endpoint import KEY_VARIABLE, EndpointError, open_endpoint
 from valr_ops.evaluation.models import Generate, Prompt, Said
+from valr_ops.serving.protocol import ImagePart, TextPart, image_bytes, read_request
 from valr_ops.store.chat import Clock
 
 RED, BLUE = PIL.Image.new("RGB", (5, 4), "red"), PIL.Image.effect_noise((30, 20), 90).convert("RGB")
@@ -61,6 +63,16 @@ def test_a_prompt_is_sent_greedily_with_its_pictures_without_loss_before_its_wor
         assert PIL.Image.open(io.BytesIO(data)).tobytes() == picture.tobytes()
     assert same_but_time(said, text="Blue.", text_tokens=3, finish_reason="stop")
     assert said.seconds > 0
+
+
+def test_our_own_server_understands_what_is_sent() -> None:
+    with saying(completion("Blue.")) as endpoint:
+        opened(endpoint, 2048)([([RED], "Which colour?")])
+    request = read_request(json.dumps(endpoint.asked[0].body).encode())
+    picture, text = request.messages[0].content
+    assert (request.model, request.temperature, request.new_tokens) == ("some-model", 0.0, 2048)
+    assert isinstance(picture, ImagePart) and image_bytes(picture.image_url.url, "url")
+    assert isinstance(text, TextPart) and text.text == "Which colour?"
 
 
 def test_a_batch_is_asked_at_once_and_answered_in_order() -> None:

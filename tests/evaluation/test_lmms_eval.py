@@ -38,7 +38,7 @@ from valr_ops.model.answering import Generation
 from valr_ops.model.qwen import save_model
 
 ENVIRONMENT = CHECKOUT / ".venv-lmms-eval"
-INJECTED = {"until": ["\n\n"], "do_sample": False}
+INJECTED: dict[str, Any] = {"until": ["\n\n"], "do_sample": False}
 """generation_kwargs of a task that says nothing about them."""
 
 
@@ -59,7 +59,7 @@ def respondent(folder: Path, model: Any) -> Callable[..., Respondent]:
     """The model under other settings than those of `reasoner.answers`."""
 
     def made(**settings: Any) -> Respondent:
-        limits = {"max_new_tokens": 24, "max_segments": 3, "device": "cpu"} | settings
+        limits: dict[str, Any] = {"max_new_tokens": 24, "max_segments": 3, "device": "cpu", **settings}
         return Respondent(model, tiny.processor(), Settings(pretrained=folder, **limits))
 
     return made
@@ -71,7 +71,8 @@ def asked(*contents: Any, **generation: Any) -> tuple[list[Request], dict[str, A
     def messages(document: dict[str, Any]) -> list[dict[str, Any]]:
         return [{"role": "user", "content": document["content"]}]
 
-    requests = [("", messages, INJECTED | generation, number, "task", "test") for number in range(len(contents))]
+    wanted = {**INJECTED, **generation}
+    requests: list[Request] = [("", messages, wanted, number, "task", "test") for number in range(len(contents))]
     return requests, {"task": {"test": [{"content": list(content)} for content in contents]}}
 
 
@@ -283,12 +284,13 @@ def test_the_transcript_keeps_what_was_said_beside_what_was_scored(
 def test_settings_come_as_text_and_unknown_ones_are_refused_by_name(folder: Path) -> None:
     settings = read_settings({"pretrained": str(folder), "batch_size": "4", "slots": 8, "force_first_latent": True})
     assert (settings.batch_size, settings.slots, settings.force_first_latent) == (4, 8, True)
-    for args, problem in [
+    refused: list[tuple[dict[str, Any], str]] = [
         ({"pretrained": str(folder), "slotz": 8}, "slotz=8: no such setting; there are .*slots"),
         ({"pretrained": str(folder), "batch_size": "auto"}, "--batch_size auto: .*integer"),
         ({"pretrained": str(folder), "frames": 0}, "frames=0: .*greater than 0"),
         ({"slots": 8}, "--model_args pretrained=FOLDER"),
-    ]:
+    ]
+    for args, problem in refused:
         with pytest.raises(LmmsEvalError, match=problem):
             read_settings(args)
 

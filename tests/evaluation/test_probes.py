@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,8 @@ from tests import tiny
 from tests.model.reasoner import CONTROL, SLOTS, batch_of, encoded, prompts, save_reasoner
 from tests.training import inputs
 from valr_ops.data.batching import collate
+from valr_ops.data.images import ImageLimits
+from valr_ops.data.records import Image, Record
 from valr_ops.data.sequences import Sequences
 from valr_ops.evaluation import interventions, probes
 from valr_ops.evaluation.findings import check_sentences, decay_sentences
@@ -34,8 +37,10 @@ from valr_ops.evaluation.interventions import (
     latent_intervention,
     replay,
 )
+from valr_ops.evaluation.questions import Showing, benchmark_of_records
 from valr_ops.model import answering, latents
 from valr_ops.model.alignment import Projectors, alignment_loss
+from valr_ops.model.answering import Generation
 from valr_ops.model.decoding import Intervention, ValrForConditionalGeneration
 from valr_ops.model.qwen import input_embeddings, load_model, rope_positions, save_model
 from valr_ops.recipe.recipe import EvaluationRecipe
@@ -363,6 +368,24 @@ def test_the_maps_are_the_alignment_that_training_computes(tmp_path: Path) -> No
             assert trained.segments == len(found)
             torch.testing.assert_close(found.sum(), -trained.loss_sum, atol=1e-5, rtol=1e-5)
     assert {"alignment_maps.png", "alignment_maps.svg", "maps.parquet", "result.md"} == set(inputs.content(at.out))
+
+
+def test_items_are_taken_evenly_and_judged_as_in_the_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = io.BytesIO()
+    tiny.image(0).save(data, "PNG")
+    shown = Image(data.getvalue(), tiny.digest("a"), 64, 64, "input")
+    records = [
+        Record(f"r{number}", "mine", "none", "test", "single_view", "Is it red?", (shown,), (), "true")
+        for number in range(16)
+    ]
+    showing = Showing(ImageLimits(8, 10**6), 4, tmp_path)
+    monkeypatch.setattr(probes, "open_benchmarks", lambda context: [benchmark_of_records("mine", records, showing)])
+    found = probes.study_items(context("latent_check", {}, tmp_path))
+    assert [item.id for item in found] == [f"mine/r{number}" for number in range(0, 16, 2)]
+    said = Generation("The first row.\nAnswer: true<|im_end|>", (), "", (), 8, 8, 8, "stop", 0.0)
+    assert found[0].judge(said)
+    assert not found[0].judge(replace(said, text="Answer: false<|im_end|>"))
+    assert not found[0].judge(replace(said, finish_reason="length")), "an answer that was cut off is wrong"
 
 
 def test_equal_inputs_give_equal_bytes(

@@ -346,13 +346,13 @@ def markdown(table: Mapping[str, Any]) -> str:
             lines.append(f"| {_cell(called)} | " + " | ".join(fill(row) if row else "" for row in found) + " |")
         return lines
 
-    baselines = [
+    constant = [
         f"| {title} | " + " | ".join("" if share is None else f"{100 * share:.1f}" for share in shares) + " |"
-        for title, shares in _baselines(benchmarks)
+        for title, shares in baselines(benchmarks)
     ]
     scores = matrix(lambda row: f"{100 * row['accuracy']:.1f} ({interval_words(row)})")
     reference = label(table["reference"])
-    lines = [f"### Mean score in %, with its {table['confidence']:.0%} interval", "", head, rule, *baselines, *scores]
+    lines = [f"### Mean score in %, with its {table['confidence']:.0%} interval", "", head, rule, *constant, *scores]
     lines += ["", f"### Minus {reference}, in points", ""]
     lines += ["| on | model | difference | | p | could show |", "| --- | --- | --- | --- | ---: | ---: |"]
     for title, rows in comparisons(table):
@@ -380,7 +380,7 @@ def terminal_table(folder: Path) -> Group:
         # A title may break where a new word begins.
         title = re.sub(r"(?<=[a-z-])(?=[A-Z])|(?<=_)", "\n", one["title"])
         drawn.add_column(f"{escape(title)}\nn={one['n']:,}", justify="right", vertical="bottom")
-    for title, shares in _baselines(benchmarks):
+    for title, shares in baselines(benchmarks):
         drawn.add_row(title, *("" if share is None else f"{100 * share:.1f}" for share in shares), style="dim")
     for name, called in table["models"].items():
         found = [next((row for row in one["rows"] if row["model"] == name), None) for one in benchmarks]
@@ -486,7 +486,7 @@ def p_words(p_value: float) -> str:
     return f"{p_value:.4f}" if p_value >= 0.0001 else "< 0.0001"
 
 
-def _baselines(benchmarks: Iterable[Mapping[str, Any]]) -> list[tuple[str, list[float | None]]]:
+def baselines(benchmarks: Iterable[Mapping[str, Any]]) -> list[tuple[str, list[float | None]]]:
     """What is reached without a model, by name, a share a benchmark; only those that there are."""
     listed = list(benchmarks)
     found: list[tuple[str, list[float | None]]] = [("majority", [one["majority"]["accuracy"] for one in listed])]

@@ -15,6 +15,7 @@ import numpy as np
 import PIL.Image
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from valr_ops.evaluation.statistics import (
     Interval,
@@ -70,7 +71,8 @@ def _attention_sentences(name: str, looked: Sequence[Row], confidence: float) ->
         yield f"**{name}**: no answer has two steps before its last line, so nothing can fade."
         return
     change = _interval(np.subtract(last, first), confidence)
-    even = mean(np.subtract(*reversed(first_and_last(looked, name, "even_image"))))
+    even_first, even_last = first_and_last(looked, name, "even_image")
+    even = mean(even_last) - mean(even_first)
     yield (
         f"**{name}**: a position of text gives {_percent(mean(first))} of its attention to the image in the first step "
         f"and {_percent(mean(last))} in the last one, a change of {_points(change.value)} points "
@@ -139,8 +141,8 @@ def draw_visual_decay(looked: Sequence[Row], masked: Sequence[Row], confidence: 
     right.set(xlabel="images are hidden after step (0: never seen)", ylabel="accuracy, %", ylim=(0, 100))
     title = f"n = {len(_distinct(masked, 'item'))}; dashed: images never hidden"
     right.set_title(title, fontsize="medium", loc="left")
-    for panel in (left, right):
-        _finish(panel)
+    _finish(left)
+    _finish(right, loc="lower right")
     return figure
 
 
@@ -270,7 +272,8 @@ def draw_alignment_maps(maps: Sequence[Row], picture: Callable[[Row], PIL.Image.
     shown = [row for row in maps if row["record"] == record]
     steps = of_record[record][:_SHOWN_STEPS]
     figure = Figure(figsize=(2.2 + 2.4 * len(teachers), 1.25 * len(steps) + 3.4), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=[1.25 * len(steps) + 0.6, 2.8])
+    halves: Any = figure.subfigures(2, 1, height_ratios=[1.25 * len(steps) + 0.6, 2.8])
+    top, bottom = halves
     grid = top.subplots(len(steps), 1 + 2 * len(teachers), squeeze=False)
     columns = [(teacher, side) for teacher in teachers for side in ("cosine", "cosine_other_image")]
     largest = max(max(map(abs, row[side])) for row in shown for side in ("cosine", "cosine_other_image"))
@@ -382,7 +385,7 @@ def _line(
 
 
 def _finish(panel: Axes, **legend: Any) -> None:
-    panel.xaxis.get_major_locator().set_params(integer=True)
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     panel.spines[["top", "right"]].set_visible(False)
     if panel.get_legend_handles_labels()[0]:
         panel.legend(fontsize="small", **legend)

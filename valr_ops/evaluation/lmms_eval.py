@@ -86,7 +86,8 @@ class Settings(BaseModel):
     seed: int = Field(default=0, ge=0)
     """Of tasks that sample; the n-th repeat of a question takes the n-th seed from here on."""
     transcript: Path | None = None
-    """A JSONL file that gets a line an answer, reasoning and control tokens included."""
+    """A JSONL file to which every answer is added as a line, reasoning and control tokens included. Where several
+    processes share a task, lmms-eval asks some of them the last question again, and drops the answer."""
 
 
 @dataclass(frozen=True)
@@ -188,8 +189,7 @@ class Respondent:
         """
         answered: list[Answered] = []
         for batch in self._batches(requests):
-            messages = [ask(documents[task][split][row]) for (_, ask, _, row, task, split), _ in batch]
-            answered += self._ask(batch, messages)
+            answered += self._ask(batch, [_messages(request, documents) for request, _ in batch])
         self._say_how_many_were_cut_off(answered)
         return answered
 
@@ -204,10 +204,7 @@ class Respondent:
             rounds: list[list[Answered]] = [[] for _ in batch]
             texts: list[list[str]] = [[] for _ in batch]
             notes: list[Any] = [None for _ in batch]
-            messages = {
-                place: ask(documents[task][split][row])
-                for place, ((_, ask, _, row, task, split), _) in enumerate(batch)
-            }
+            messages = {place: _messages(request, documents) for place, (request, _) in enumerate(batch)}
             while messages:
                 said = self._ask([batch[place] for place in messages], list(messages.values()))
                 for place, one in zip(messages, said, strict=True):
@@ -215,9 +212,9 @@ class Respondent:
                     texts[place].append(str(one.text))
                 open_places, messages = list(messages), {}
                 for place in open_places:
-                    (_, ask, _, row, task, split), _ = batch[place]
-                    following = ask(
-                        documents[task][split][row],
+                    following = _messages(
+                        batch[place][0],
+                        documents,
                         round_idx=len(rounds[place]),
                         previous_output=list(texts[place]),
                         previous_round_info=notes[place],
@@ -365,6 +362,12 @@ class Respondent:
         if message not in self._warned:
             self._warned.add(message)
             _log.warning(message)
+
+
+def _messages(request: Request, documents: Documents, **before: Any) -> Any:
+    """What the task says of a document: its messages, and of a later round, which follows `before`, what to do next."""
+    _, say, _, row, task, split = request
+    return say(documents[task][split][row], **before)
 
 
 def _where(request: Request) -> str:

@@ -18,8 +18,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from valr_ops.evaluation.benchmarks.vsi_bench import DIRECTION, DIRECTIONS, TASKS
 from valr_ops.evaluation.benchmarks.vsi_bench import COUNTS as VSI_COUNTS
+from valr_ops.evaluation.benchmarks.vsi_bench import DIRECTION, DIRECTIONS, TASKS
 from valr_ops.evaluation.statistics import Interval, against_printed, score_interval
 from valr_ops.recipe.recipes import paper, paper_tables
 

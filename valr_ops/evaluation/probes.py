@@ -127,7 +127,7 @@ def visual_decay(
     """
     normal = ask(subject, items, label=f"{name}, as it is", progress=progress)
     seen = attention(subject, items, normal)
-    looked = [
+    looked: list[Row] = [
         {"model": name, "item": item.id, **row}
         for item, one, of_item in zip(items, normal, seen, strict=True)
         for row in _looking(one, of_item)
@@ -242,7 +242,7 @@ def latent_check(
             left_out.append(f"`{condition}` was left out: {reason}.")
         else:
             said[condition] = ask(subject, items, intervention, label=condition, progress=progress)
-    rows = [
+    rows: list[Row] = [
         {"condition": condition, **row}
         for condition, answers in said.items()
         for row in _outcomes(items, answers, normal)
@@ -366,7 +366,7 @@ def alignment_maps(
         (one, number, target) for one in sequences for number, target in enumerate(one.targets) if target is not None
     ]
     steps = [(target.digest, one.segments[number].step) for one, number, target in aimed]
-    rows = []
+    rows: list[Row] = []
     for place, (foreign, (one, number, target)) in enumerate(zip(controls(steps), aimed, strict=True)):
         own, other = (_cosines(projector, states[place], features[at], upsample) for at in (place, foreign))
         height, width, _ = features[place].shape

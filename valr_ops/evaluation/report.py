@@ -26,11 +26,11 @@ from markupsafe import Markup
 from valr_ops.evaluation.ablation import (
     CELLS,
     FEW,
-    LABELS,
     REFERENCE,
     TABLE,
     TITLES,
     ComparisonError,
+    baselines,
     cells_sentence,
     compare,
     comparisons,
@@ -75,9 +75,7 @@ def build_report(context: StageContext) -> StageReport:
     artifact = context.inputs["ablation_table"]
     table = json.loads((artifact / TABLE).read_text(encoding="utf-8"))
     cells = [PaperCell(**cell) for cell in json.loads((artifact / CELLS).read_text(encoding="utf-8"))]
-    folders = {
-        model_name(stage): folder for stage, folder in context.inputs.items() if stage.startswith("scores_")
-    }
+    folders = {model_name(stage): folder for stage, folder in context.inputs.items() if stage.startswith("scores_")}
     items = cards(folders, read_models(folders))
     found = [study(context.inputs[name]) for name in STUDIES if name in context.inputs]
     (context.out / "report.html").write_text(page(table, cells, items, found), encoding="utf-8")
@@ -191,7 +189,7 @@ def study(folder: Path) -> dict[str, Any]:
         env["shown"].add(file.name)
         return Markup('<img class="plot" src="{}" alt="{}">').format(data_uri(file), tokens[index].content)
 
-    markdown = MarkdownIt("commonmark", {"html": False}).enable("table").disable(["link", "autolink", "html_block"])
+    markdown = MarkdownIt("commonmark", {"html": False}).enable("table").disable(["link", "autolink"])
     markdown.add_render_rule("image", image)
     tokens = markdown.parse((folder / RESULT).read_text(encoding="utf-8"), environment)
     title = folder.name.replace("_", " ")
@@ -239,6 +237,7 @@ def page(
         cards=item_cards,
         studies=studies,
         headlines=_headlines(table),
+        baselines=baselines(table["benchmarks"].values()),
         comparisons=comparisons(table),
         paper_sentence=cells_sentence(cells),
         paper_groups=_paper_groups(cells),
@@ -268,7 +267,9 @@ def _headlines(table: Mapping[str, Any]) -> list[tuple[str, str]]:
             best = max(benchmark["rows"], key=lambda row: row["accuracy"])
             beside = {"above": "above", "below": "below", "within noise": "within noise of"}[best["against_majority"]]
             majority = percent(benchmark["majority"]["accuracy"])
-            words = f"{best['label']} is best with {percent(best['accuracy'])}, {beside} the majority answer's {majority}"
+            words = (
+                f"{best['label']} is best with {percent(best['accuracy'])}, {beside} the majority answer's {majority}"
+            )
             said.append((f"{benchmark['title']}, {benchmark['n']:,} items", words + _against(best, table)))
     if table["pooled"]:
         pooled = table["pooled"]
@@ -315,12 +316,10 @@ def _paper_groups(cells: Sequence[PaperCell]) -> list[dict[str, Any]]:
 
 
 def _inconsistencies() -> list[str]:
-    said = []
-    for one in paper_tables()["known_inconsistencies"]:
-        where = ", ".join(one["where"])
-        values = [f"{name.replace('_', ' ')} {', '.join(map(str, one[name]))}" for name in one if isinstance(one[name], list) and name != "where"]
-        said.append(f"Tables {where}: {one['about']} ({'; '.join(values)})")
-    return said
+    return [
+        f"Tables {', '.join(one['where'])}: {one['about']}; printed {', '.join(map(str, one['printed']))}."
+        for one in paper_tables()["known_inconsistencies"]
+    ]
 
 
 def _budget_rows(table: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -143,7 +143,7 @@ class Reply:
     """0 for a reply from the disk, as is what follows."""
     seconds: float = 0.0
     """Of the request that brought it."""
-    more: dict[str, Any] | None = None
+    more: dict[str, Any] | None = field(default=None, repr=False)
     """What the endpoint said beyond the protocol."""
 
 
