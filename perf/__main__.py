@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
-from perf import commands, data, method, teachers
+from perf import commands, data, evaluation, method, teachers
 from perf.rows import CHECKOUT, Row, table
 
 RESULTS = CHECKOUT / "perf" / "results.json"
@@ -36,6 +36,10 @@ BENCHMARKS: dict[str, Callable[[], Iterator[Row]]] = {
         teachers.stored_reading,
         teachers.stored_bytes,
         teachers.gpu_teachers,
+        evaluation.scoring,
+        evaluation.reading,
+        evaluation.batches,
+        evaluation.page,
     )
 }
 

@@ -21,6 +21,7 @@ OWNERS = {
     "great_expectations": ("valr_ops/data/expectations.py",),
     "deepspeed": ("valr_ops/training/engine.py",),
     "timm": ("valr_ops/teachers/",),
+    "lmms_eval": ("valr_ops/evaluation/lmms_eval.py",),
     "fastapi": ("valr_ops/serving/",),
     "uvicorn": ("valr_ops/serving/",),
     "kubernetes": ("valr_ops/release/dispatch.py", "assets/"),

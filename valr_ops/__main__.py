@@ -69,6 +69,23 @@ def _parser() -> argparse.ArgumentParser:
         )
         return added
 
+    def with_judge(added: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        added.add_argument(
+            "--judge", metavar="MODEL", help="settles what the profile would ask a model, by its full name"
+        )
+        added.add_argument("--judge-url", metavar="URL", help="its endpoint, such as https://api.openai.com/v1")
+        added.add_argument(
+            "--judge-max-dollars", type=float, default=10.0, metavar="X", help="asks nothing that costs more"
+        )
+        added.add_argument(
+            "--judge-price",
+            type=float,
+            nargs=2,
+            metavar=("IN", "OUT"),
+            help="dollars for a million tokens, if not known",
+        )
+        return added
+
     demo = with_set(verb("demo", _demo, "run the main job, show the table and what to type next", in_project=False))
     demo.add_argument("--data", metavar="FOLDER", help="your own records: a folder with train.jsonl and test.jsonl")
 
@@ -144,14 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--in", dest="source", required=True, type=Path, metavar="JSONL", help="id, gold, output a line")
     score.add_argument("--out", required=True, type=Path, metavar="JSONL", help="id, score, extracted a line")
     score.add_argument("--aggregate", action="store_true", help="also the benchmark's totals")
-    score.add_argument("--judge", metavar="MODEL", help="settles what the profile would ask a model, by its full name")
-    score.add_argument("--judge-url", metavar="URL", help="its endpoint, such as https://api.openai.com/v1")
-    score.add_argument(
-        "--judge-max-dollars", type=float, default=10.0, metavar="X", help="asks nothing that costs more"
-    )
-    score.add_argument(
-        "--judge-price", type=float, nargs=2, metavar=("IN", "OUT"), help="dollars for a million tokens, if not known"
-    )
+    with_judge(score)
 
     ask = with_set(
         verb("ask", _ask, "ask a model the questions of benchmarks, into a run folder that can go on", False)
@@ -173,7 +183,9 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("--partial", action="store_true", help="take a data set that has not all of its rows")
     ask.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="the run; the same command goes on")
 
-    evaluate = with_set(verb("evaluate", _evaluate, "score the answers of a run folder; needs no model", False))
+    evaluate = with_judge(
+        with_set(verb("evaluate", _evaluate, "score the answers of a run folder; needs no model", False))
+    )
     evaluate.add_argument("run", type=Path, metavar="FOLDER", help="what `valr ask` wrote")
     evaluate.add_argument("--profile", metavar="NAME", help="whose rules; each benchmark's default without it")
 
@@ -182,7 +194,11 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--out", required=True, type=Path, metavar="HTML", help="the page, one file")
     report.add_argument("--reference", metavar="NAME", help="the model that others are compared with; SFT or the first")
     report.add_argument(
-        "--allow-different", action="append", default=[], metavar="FIELD", help="compare though this differs, and say so"
+        "--allow-different",
+        action="append",
+        default=[],
+        metavar="FIELD",
+        help="compare though this differs; the page says so",
     )
 
     verb("doctor", _doctor, "check this machine and say how to mend what is wrong")
@@ -402,7 +418,7 @@ def _serve(options: argparse.Namespace) -> int:
 def _score(options: argparse.Namespace) -> int:
     from valr_ops.evaluation import scoring
 
-    judge = _judge(options) if options.judge or options.judge_url else None
+    judge = _judge(options, options.out.parent)
     summary = scoring.score_file(
         options.source, options.out, options.benchmark, options.profile, options.aggregate, judge
     )
@@ -419,13 +435,16 @@ def _score(options: argparse.Namespace) -> int:
     return 0
 
 
-def _judge(options: argparse.Namespace) -> Any:
+def _judge(options: argparse.Namespace, folder: Path) -> Any:
+    """The judge that was asked for, which keeps its judgements in `folder`; or None."""
+    if not options.judge and not options.judge_url:
+        return None
     from valr_ops.evaluation import judge
 
     return judge.open_judge(
         options.judge or "",
         options.judge_url or "",
-        options.out.parent,
+        folder,
         print,
         price=tuple(options.judge_price) if options.judge_price else None,
         max_dollars=options.judge_max_dollars,
@@ -450,8 +469,11 @@ def _evaluate(options: argparse.Namespace) -> int:
     from valr_ops.evaluation import asking
 
     recipe, root = _recipe_of_project(options)
-    scores, table = asking.score_run(options.run, recipe, root / ".valr" / "cache" / "frames", options.profile)
+    judge = _judge(options, options.run)
+    scores, table = asking.score_run(options.run, recipe, root / ".valr" / "cache" / "frames", options.profile, judge)
     print(table)
+    if judge:
+        print(judge.line())
     _last_line(out=str(options.run), benchmarks=scores["benchmarks"])
     return 0
 

@@ -162,6 +162,20 @@ def _stage2(variant: str, label: str, teachers: tuple[str, ...]) -> Stage:
     )
 
 
+_SCORES = ("scores_base", "scores_sft", "scores_valr_s", "scores_valr_m")
+
+_ASKING = (
+    "seed",
+    "data.sources",
+    "data.max_image_pixels",
+    "data.min_image_side",
+    "data.max_steps",
+    "evaluation",
+    "runtime",
+)
+"""What the answers to benchmarks depend on."""
+
+
 def _scores(model: str, label: str, trained_by: str, variant: str | None = None) -> Stage:
     return Stage(
         name=f"scores_{model}",
@@ -169,19 +183,25 @@ def _scores(model: str, label: str, trained_by: str, variant: str | None = None)
         summary=f"Answers and scores of {label} on every benchmark, one line per item.",
         function="valr_ops.evaluation.run:build_scores",
         inputs=("sources", "benchmarks", trained_by),
-        parameters=(
-            "seed",
-            "data.sources",
-            "data.max_image_pixels",
-            "data.min_image_side",
-            "data.max_steps",
-            "evaluation",
-            "runtime",
-        ),
+        parameters=_ASKING,
         kinds=("torch", "json"),
         resources="gpu",
         variant=variant,
         checks=("every_item_answered",),
+    )
+
+
+def _study(name: str, summary: str, function: str, inputs: tuple[str, ...], **changes: Any) -> Stage:
+    """A study of VaLR-M: data as parquet, a plot, and a few sentences of result."""
+    values = {"parameters": _ASKING, "kinds": ("torch", "parquet", "matplotlib"), "resources": "gpu"}
+    return Stage(
+        name=name,
+        group="evaluation",
+        summary=summary,
+        function=f"valr_ops.evaluation.{function}",
+        inputs=inputs,
+        variant="valr_m",
+        **(values | changes),  # type: ignore[arg-type]
     )
 
 
@@ -268,11 +288,65 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         name="ablation_table",
         group="evaluation",
-        summary="All models side by side with intervals, the majority answer and the paper's numbers, as one report.",
-        function="valr_ops.evaluation.report:build_ablation_table",
-        inputs=("scores_base", "scores_sft", "scores_valr_s", "scores_valr_m"),
+        summary="All models side by side with intervals and the majority answer, and every cell of the paper's tables.",
+        function="valr_ops.evaluation.ablation:build_ablation_table",
+        inputs=_SCORES,
         parameters=("evaluation.confidence", "scale"),
-        kinds=("html", "matplotlib"),
+        kinds=("json", "matplotlib"),
+    ),
+    _study(
+        "scaling_curve",
+        "Accuracy against the length of the reasoning: as the model chose it, and as it was imposed.",
+        "length_study:build_scaling_curve",
+        ("sources", "benchmarks", "scores_sft", "scores_valr_m", "stage2_valr_m"),
+    ),
+    _study(
+        "visual_decay",
+        "How much the model looks at its images from step to step, and what it says once it can't.",
+        "probes:build_visual_decay",
+        ("sources", "benchmarks", "stage1_sft", "stage2_valr_m"),
+        checks=("attention_adds_up",),
+    ),
+    _study(
+        "alignment_maps",
+        "Cosine of latents and teachers, patch by patch, beside that with another image.",
+        "probes:build_alignment_maps",
+        (
+            "cot_corpus",
+            "latent_corpus",
+            "stage2_valr_m",
+            *(f"teacher_features_{teacher}" for teacher in ("dinov3", "siglip2", "pi3")),
+        ),
+        parameters=(
+            "seed",
+            "latents",
+            "alignment",
+            "stage2",
+            "runtime",
+            "teachers.dinov3",
+            "teachers.siglip2",
+            "teachers.pi3",
+            "variants.valr_m",
+            "data.max_length",
+            "evaluation.study_items",
+            "evaluation.confidence",
+        ),
+        checks=("maps_are_finite",),
+    ),
+    _study(
+        "latent_check",
+        "Accuracy with the latents as they are, zeroed, noised, taken from another item, or left out.",
+        "probes:build_latent_check",
+        ("sources", "benchmarks", "stage2_valr_m"),
+    ),
+    Stage(
+        name="report",
+        group="evaluation",
+        summary="One page: models beside the paper's, the studies, and ten items to read, worst first.",
+        function="valr_ops.evaluation.report:build_report",
+        inputs=("ablation_table", *_SCORES, "scaling_curve", "visual_decay", "alignment_maps", "latent_check"),
+        parameters=("evaluation.confidence", "scale"),
+        kinds=("html",),
     ),
 )
 

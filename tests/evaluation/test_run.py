@@ -20,10 +20,10 @@ from valr_ops.evaluation.run import (
     PredictionsError,
     UnansweredError,
     build_scores,
-    judge,
     open_benchmarks,
     read_predictions,
     score_model,
+    scored_rows,
 )
 from valr_ops.model.qwen import save_model
 from valr_ops.recipe.recipe import override
@@ -218,13 +218,13 @@ def test_judging_needs_exactly_one_prediction_for_every_item() -> None:
     questions = [(tested, item) for item in tested.items]
     shuffled = predictions(4)
     random.Random(0).shuffle(shuffled)
-    assert [row["id"] for row in judge(questions, shuffled)] == [item.id for item in tested.items]
+    assert [row["id"] for row in scored_rows(questions, shuffled)] == [item.id for item in tested.items]
     with pytest.raises(PredictionsError, match="missing mine/3 of mine, for no item none"):
-        judge(questions, predictions(3))
+        scored_rows(questions, predictions(3))
     with pytest.raises(PredictionsError, match="missing none, for no item mine/4"):
-        judge(questions, predictions(5))
+        scored_rows(questions, predictions(5))
     with pytest.raises(PredictionsError, match="twice mine/0"):
-        judge(questions, [*predictions(4), predictions(1)[0]])
+        scored_rows(questions, [*predictions(4), predictions(1)[0]])
 
 
 def test_a_predictions_file_with_a_missing_or_doubled_row_is_refused(tmp_path: Path) -> None:

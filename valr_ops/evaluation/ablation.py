@@ -305,7 +305,7 @@ def _row(name: str, score: Mapping[str, Any], against: dict[str, Any] | None) ->
     low, high = score["interval"]
     majority = score["majority"]["accuracy"]
     copied = (
-        *("n", "correct", "accuracy", "clusters", "totals", "latent_trigger_rate", "mean_segments"),
+        *("n", "correct", "accuracy", "interval_method", "totals", "latent_trigger_rate", "mean_segments"),
         *("mean_text_tokens", "mean_latent_steps", "unresolved", "cut_off", "format_misses"),
     )
     return {
@@ -374,12 +374,13 @@ def terminal_table(folder: Path) -> Group:
     table = json.loads((folder / TABLE).read_text(encoding="utf-8"))
     cells = [PaperCell(**cell) for cell in json.loads((folder / CELLS).read_text(encoding="utf-8"))]
     benchmarks = list(table["benchmarks"].values())
-    drawn = Table(box=None, pad_edge=False, title="mean score in %, interval below", title_justify="left")
-    drawn.add_column("\nmodel")
+    heading = f"mean score in %, below it the {table['confidence']:.0%} interval"
+    drawn = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, title=heading, title_justify="left")
+    drawn.add_column("model", vertical="bottom")
     for one in benchmarks:
         # A title may break where a new word begins.
         title = re.sub(r"(?<=[a-z-])(?=[A-Z])|(?<=_)", "\n", one["title"])
-        drawn.add_column(f"{escape(title)}\nn={one['n']:,}", justify="right", vertical="bottom")
+        drawn.add_column(f"{escape(title)}\nn={one['n']:,}", justify="right", vertical="bottom", overflow="fold")
     for title, shares in baselines(benchmarks):
         drawn.add_row(title, *("" if share is None else f"{100 * share:.1f}" for share in shares), style="dim")
     for name, called in table["models"].items():
@@ -446,7 +447,17 @@ def table_csv(table: Mapping[str, Any]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     plain = [
-        *("label", "n", "correct", "accuracy", "low", "high", "clusters", "against_majority", "latent_trigger_rate"),
+        *(
+            "label",
+            "n",
+            "correct",
+            "accuracy",
+            "low",
+            "high",
+            "interval_method",
+            "against_majority",
+            "latent_trigger_rate",
+        ),
         *("mean_segments", "mean_text_tokens", "mean_latent_steps", "unresolved", "cut_off", "format_misses"),
     ]
     of_benchmark = ("profile", "revision", "drawn")

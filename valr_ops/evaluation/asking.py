@@ -27,6 +27,7 @@ from valr_ops.evaluation.run import (
     scores_markdown,
     write_scores,
 )
+from valr_ops.evaluation.scoring import Judge
 from valr_ops.recipe.recipe import Recipe
 from valr_ops.store.artifacts import model_folder
 from valr_ops.store.progress import Progress
@@ -127,8 +128,14 @@ def ask_run(
     return {"out": str(out), "items": len(questions), "asked": len(questions) - len(done)}
 
 
-def score_run(out: Path, recipe: Recipe, cache: Path, profile: str | None = None) -> tuple[dict[str, Any], str]:
+def score_run(
+    out: Path, recipe: Recipe, cache: Path, profile: str | None = None, judge: Judge | None = None
+) -> tuple[dict[str, Any], str]:
     """Score the answers in a run folder, as often and by as many profiles as wanted, one after the other.
+
+    Args:
+        profile: of all its benchmarks; None for the default of each.
+        judge: settles what a profile would ask a language model.
 
     Returns:
         The scores as `scores.json` holds them, and the same as a table in Markdown.
@@ -158,7 +165,7 @@ def score_run(out: Path, recipe: Recipe, cache: Path, profile: str | None = None
     questions = [(benchmark, item) for benchmark in benchmarks for item in benchmark.items]
     predictions = list(answers_so_far(out / ANSWERS, questions).values())
     answerer = Answerer(run["name"], lambda prompts: (), budget, run["model"])
-    write_scores(out, benchmarks, predictions, answerer, recipe.evaluation.confidence)
+    write_scores(out, benchmarks, predictions, answerer, recipe.evaluation.confidence, judge)
     scores = read_scores(out)
     return scores, scores_markdown(scores)
 

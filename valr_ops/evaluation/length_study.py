@@ -17,7 +17,7 @@ from valr_ops.evaluation.benchmarks import BenchmarkError, Item
 from valr_ops.evaluation.interventions import Subject, open_subject
 from valr_ops.evaluation.probes import spread
 from valr_ops.evaluation.questions import Benchmark
-from valr_ops.evaluation.run import Prediction, judge, open_benchmarks, read_predictions
+from valr_ops.evaluation.run import Prediction, open_benchmarks, read_predictions, scored_rows
 from valr_ops.evaluation.scaling import ImposedBudgets, imposed_budgets, observational_bins, write_scaling
 from valr_ops.model.answering import generate_answers
 from valr_ops.store.artifacts import StageContext, StageReport
@@ -117,5 +117,5 @@ def _ask(
             )
             for item, one in zip(batch, generations, strict=True)
         ]
-    rows = judge([(benchmark, item) for item in items], predictions)
+    rows = scored_rows([(benchmark, item) for item in items], predictions)
     return [row | {"seconds": one.seconds} for row, one in zip(rows, predictions, strict=True)]

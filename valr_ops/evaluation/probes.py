@@ -61,7 +61,7 @@ from valr_ops.evaluation.interventions import (
     latent_intervention,
     open_subject,
 )
-from valr_ops.evaluation.run import Prediction, judge, open_benchmarks
+from valr_ops.evaluation.run import Prediction, open_benchmarks, scored_rows
 from valr_ops.model import latents
 from valr_ops.model.alignment import Projector, Projectors, upsampling_matrix
 from valr_ops.model.answering import Generation
@@ -92,9 +92,12 @@ def build_visual_decay(context: StageContext) -> StageReport:
     looked: list[Row] = []
     masked: list[Row] = []
     for name in _models(context):
-        subject = open_subject(context.inputs[name], context.recipe)
-        for rows, more in zip((looked, masked), visual_decay(name, subject, items, context.progress), strict=True):
-            rows += more
+        # The model has no name here, so that it is gone before the next one is opened.
+        looking, masking = visual_decay(
+            name, open_subject(context.inputs[name], context.recipe), items, context.progress
+        )
+        looked += looking
+        masked += masking
     sentences = decay_sentences(looked, masked, confidence)
     _write(context, "Visual decay", sentences, draw_visual_decay(looked, masked, confidence))
     _write_rows(context.out / "attention.parquet", looked)
@@ -451,7 +454,7 @@ def study_items(context: StageContext) -> list[StudyItem]:
 
         def is_right(said: Generation, benchmark: Any = benchmark, item: Any = item) -> bool:
             given = Prediction(item.benchmark, item.id, said.text, 0, 0, 0, said.finish_reason)
-            return bool(judge([(benchmark, item)], [given])[0]["correct"])
+            return bool(scored_rows([(benchmark, item)], [given])[0]["correct"])
 
         cluster = f"{benchmark.name}/{item.cluster}" if item.cluster else ""
         items.append(StudyItem(f"{benchmark.name}/{item.id}", prompt, is_right, cluster))

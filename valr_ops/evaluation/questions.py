@@ -103,7 +103,15 @@ class Benchmark:
 
     def case(self, item: Item, output: str) -> Case:
         """An isolated answer as the scorer takes it."""
-        return Case(item.id, item.gold, output, item.question_type, item.options, f"{self.name}/{item.id}")
+        return Case(
+            id=item.id,
+            gold=item.gold,
+            output=output,
+            question_type=item.question_type,
+            options=item.options,
+            question=item.question,
+            where=f"{self.name}/{item.id}",
+        )
 
     def totals(self, items: Sequence[Item], cases: Sequence[Case], scores: Sequence[Scored]) -> Totals:
         """The totals of the profile; for a user's own benchmark those of its groups and pairs too."""

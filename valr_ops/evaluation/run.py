@@ -29,7 +29,7 @@ from valr_ops.evaluation.benchmarks import BenchmarkError, Item
 from valr_ops.evaluation.choices import read_leniently
 from valr_ops.evaluation.models import Answerer, Said, digest, open_answerer
 from valr_ops.evaluation.questions import Benchmark, Showing, benchmark_of_recipe, benchmark_of_records
-from valr_ops.evaluation.scoring import Case, Scored, score
+from valr_ops.evaluation.scoring import JUDGED_BY, Case, Judge, Scored, score
 from valr_ops.evaluation.statistics import majority_answer, score_interval
 from valr_ops.store.artifacts import Check, StageContext, StageReport
 from valr_ops.store.progress import Progress
@@ -117,11 +117,16 @@ def score_model(context: StageContext, benchmarks: Sequence[Benchmark], answerer
 
 
 def write_scores(
-    out: Path, benchmarks: Sequence[Benchmark], predictions: Sequence[Prediction], answerer: Answerer, confidence: float
+    out: Path,
+    benchmarks: Sequence[Benchmark],
+    predictions: Sequence[Prediction],
+    answerer: Answerer,
+    confidence: float,
+    judge: Judge | None = None,
 ) -> StageReport:
-    """Score `predictions` and write the files of a scores artifact into `out`; no model is needed."""
+    """Score `predictions` and write the files of a scores artifact into `out`; the model is not needed."""
     questions = [(benchmark, item) for benchmark in benchmarks for item in benchmark.items]
-    rows = judge(questions, predictions)
+    rows = scored_rows(questions, predictions, judge)
     of_benchmark = {one.name: [row for row in rows if row["benchmark"] == one.name] for one in benchmarks}
     scores: dict[str, Any] = {
         "budget": asdict(answerer.budget),
@@ -129,6 +134,9 @@ def write_scores(
         "model": {"artifact": answerer.name, "digest": answerer.digest},
         "benchmarks": {one.name: summarise(one, of_benchmark[one.name], confidence) for one in benchmarks},
     }
+    if judge:
+        for found in scores["benchmarks"].values():
+            found["profile"] += f"{JUDGED_BY}{judge.model}"
     _write_lines(out / PREDICTIONS, rows)
     _write_json(out / SCORES, scores)
     _write_examples(out, questions, rows)
@@ -274,12 +282,17 @@ def require_answers(predictions: Sequence[Prediction]) -> None:
         )
 
 
-def judge(questions: Sequence[Question], predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
+def scored_rows(
+    questions: Sequence[Question], predictions: Sequence[Prediction], judge: Judge | None = None
+) -> list[dict[str, Any]]:
     """The rows of `predictions.jsonl`, in the order of `questions`; needs no model.
 
     `status` is `ok`; `unresolved` where the profile could not read an answer; `cut` where the token limit came first,
     which counts as wrong because the last word may be half a word; `rejected` where the item could not be shown, which
     counts as nothing.
+
+    Args:
+        judge: a language model that settles what the profile would ask one.
 
     Raises:
         PredictionsError: an item without a prediction, or with two, or a prediction for no item.
@@ -297,17 +310,17 @@ def judge(questions: Sequence[Question], predictions: Sequence[Prediction]) -> l
     return [
         _row(benchmark, item, of_item[item.benchmark, item.id], read, case, scored)
         for (benchmark, item), read, case, scored in zip(
-            questions, isolated, cases, _scored(questions, cases), strict=True
+            questions, isolated, cases, _scored(questions, cases, judge), strict=True
         )
     ]
 
 
-def _scored(questions: Sequence[Question], cases: Sequence[Case]) -> Iterator[Scored]:
+def _scored(questions: Sequence[Question], cases: Sequence[Case], judge: Judge | None) -> Iterator[Scored]:
     """Scores in order; neighbours of one benchmark are scored together."""
     start = 0
     for benchmark, together in itertools.groupby(benchmark for benchmark, _ in questions):
         end = start + sum(1 for _ in together)
-        yield from score(cases[start:end], benchmark.format, benchmark.profile)
+        yield from score(cases[start:end], benchmark.format, benchmark.profile, judge)
         start = end
 
 
@@ -334,6 +347,7 @@ def _row(
         "score": share,
         "correct": share >= 0.5,
         "resolved": scored.resolved,
+        "problem": scored.problem,
         "status": status,
         "format_miss": whole and not scored.score and read_leniently(case),
         "decode_steps": prediction.text_tokens + prediction.latent_steps + 2 * prediction.segments,

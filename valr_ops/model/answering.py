@@ -72,7 +72,7 @@ class Generation:
     text: str
     """Everything generated, control tokens and slots included."""
     ids: tuple[int, ...]
-    """The same as ids."""
+    """What `text` was decoded from."""
     visible_text: str
     """Without control tokens, slots and the end of turn."""
     latents: tuple[LatentSegment, ...]

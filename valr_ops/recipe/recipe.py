@@ -455,7 +455,7 @@ class BenchmarkRecipe(_Values):
     """Paper: section 4 says VLMEvalKit; null takes the authors' own, where they need no judge."""
     limit: PositiveInt | None = None
     """Paper silent; the first questions only; null asks all and verifies that they are as many as published."""
-    drawn: PositiveInt = 12
+    drawn: PositiveInt = 8
     """Paper silent; number of drawn questions, where there is no path."""
 
 

@@ -22,14 +22,16 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from valr_ops.evaluation.benchmarks import BenchmarkError, Picture
 from valr_ops.store.objects import EscapeError, LocalFiles, MissingError, StorageError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
 _BLOCK = 1 << 20
 _LARGEST_PICTURE = 1 << 28
@@ -249,6 +251,10 @@ class Folder:
             raise self.error(f"{name} is damaged ({_line(error)})") from None
 
     def _parquet(self, name: str) -> pq.ParquetFile:
+        # Here and below: scoring imports this module and reads no table.
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
         if name not in self._opened:
             with self._named(name):
                 path = self._files.path(name)
@@ -259,6 +265,8 @@ class Folder:
         return self._opened[name]
 
     def _parquet_rows(self, name: str, columns: Sequence[str], images: Sequence[str]) -> Iterator[Row]:
+        import pyarrow as pa
+
         opened = self._parquet(name)
         schema = opened.schema_arrow
         known = [column for column in columns if column in schema.names]
@@ -281,6 +289,8 @@ class Folder:
 
     def _cell(self, picture: Picture) -> Any:
         """One cell; the row group that it is in stays in memory for its neighbours, column by column."""
+        import pyarrow as pa
+
         opened = self._parquet(picture.file)
         row = picture.row
         for group in range(opened.num_row_groups):

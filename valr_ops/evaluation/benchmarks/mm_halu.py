@@ -33,13 +33,15 @@ _ENDINGS = (".jpg", ".jpeg", ".png")
 
 RECORDED = f"{OFFICIAL}+judge:recorded"
 """Profile for judgements that were made elsewhere: `output` is the text of one."""
-HIGHEST = 6
+FULL_SCORE = 6
 _FIRST_WITHOUT_HALLUCINATION = 3
 _TYPES = 8
 
 
 def read(folder: Folder) -> list[Item]:
-    """The questions of the template; the gold is the answer that a person wrote, and the id the place in the file.
+    """The questions of the template; the gold is the answer that a person wrote, the id is the place in the file.
+
+    The options are what the photograph shows, which a judge has to know.
 
     Raises:
         BenchmarkError: a missing template or photograph, or a question without its fields.
@@ -53,6 +55,7 @@ def read(folder: Folder) -> list[Item]:
             benchmark=folder.benchmark,
             question=row.text("question"),
             gold=row.text("gt_answer"),
+            options=row.texts("image_content"),
             question_type=row.text("question_type"),
             images=(Picture(_photograph(row)),),
         )
@@ -84,7 +87,7 @@ def recorded(case: Case) -> Scored:
 def rating(judgement: str) -> int | None:
     """The one rating that a judgement states as ``rating: N``, None where it states none or several."""
     lower = judgement.lower()
-    found = [number for number in range(HIGHEST + 1) if f"rating: {number}" in lower]
+    found = [number for number in range(FULL_SCORE + 1) if f"rating: {number}" in lower]
     return found[0] if len(found) == 1 else None
 
 
