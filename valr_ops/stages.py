@@ -201,7 +201,7 @@ def _study(name: str, summary: str, function: str, inputs: tuple[str, ...], **ch
         function=f"valr_ops.evaluation.{function}",
         inputs=inputs,
         variant="valr_m",
-        **(values | changes),  # type: ignore[arg-type]
+        **(values | changes),
     )
 
 

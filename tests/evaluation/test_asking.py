@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests import tiny
+from tests.data.endpoint import Says, completion, error, saying, serving
 from tests.evaluation.scenes import answerer, said
 from valr_ops.__main__ import main
 from valr_ops.data.records import BadRecord
@@ -18,9 +19,10 @@ from valr_ops.evaluation import asking
 from valr_ops.evaluation.asking import Asked, ask_run, open_model, score_run
 from valr_ops.evaluation.benchmarks import BenchmarkError
 from valr_ops.evaluation.drawn import Drawing, write_benchmark
+from valr_ops.evaluation.judge import open_judge
 from valr_ops.evaluation.models import Answerer, AnswererError, Prompt, Said, open_answerer
 from valr_ops.evaluation.questions import Showing, open_benchmark
-from valr_ops.evaluation.run import PredictionsError
+from valr_ops.evaluation.run import PredictionsError, UnansweredError
 from valr_ops.model.qwen import save_model
 from valr_ops.recipe.recipe import Recipe, SyntheticRecipe
 from valr_ops.store.progress import Progress
@@ -160,6 +162,34 @@ def test_a_model_of_ours_and_the_same_one_by_its_auto_class_say_the_same(
     assert [one.text for one in auto.generate(prompts)] == [one.text for one in ours.generate(prompts)]
     assert [one.text_tokens for one in auto.generate(prompts)] == [one.text_tokens for one in ours.generate(prompts)]
     assert config["model_type"] == "qwen2_5_vl"
+
+
+def test_an_endpoint_is_asked_what_it_did_not_answer_and_a_judge_settles_the_run(vsi: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "mm_halu"
+    write_benchmark(folder, Drawing("mm_halu", 0, 3, SIZES))
+    asked = [Asked("mm_halu", "mm_halu", str(folder), whole=False)]
+    broken = {"requests": 0}
+
+    def answer(request: object) -> Says:
+        broken["requests"] += 1
+        return error(400, "no") if broken["requests"] == 2 else completion("A grid of shapes.", finish_reason="stop")
+
+    with serving(answer) as endpoint:
+        model = open_model(endpoint.url, recipe(), served_as="vision-1", name="theirs")
+        with pytest.raises(UnansweredError, match="1 of 3 items got no answer"):
+            ask_run(model, asked, tmp_path / "run", recipe(), tmp_path / "frames", Progress())
+        assert ask_run(model, asked, tmp_path / "run", recipe(), tmp_path / "frames", Progress())["items"] == 3
+        assert broken["requests"] == 4, "only the one without an answer is asked again"
+    with saying(completion("Fine. Rating: 6")) as endpoint:
+        judge = open_judge("judge-1", endpoint.url, tmp_path / "run", lambda line: None, price=(0.0, 0.0))
+        scores, _ = score_run(tmp_path / "run", recipe(), tmp_path / "frames", judge=judge)
+    entry = scores["benchmarks"]["mm_halu"]
+    assert entry["profile"] == "official+judge:judge-1"
+    assert (entry["accuracy"], entry["unresolved"], entry["n"]) == (1.0, 0, 3)
+    assert scores["budget"]["engine"] == "endpoint"
+    scores, _ = score_run(tmp_path / "run", recipe(), tmp_path / "frames")
+    entry = scores["benchmarks"]["mm_halu"]
+    assert (entry["accuracy"], entry["unresolved"]) == (0.0, 3), "without a judge nothing is guessed"
 
 
 def test_a_model_that_can_not_be_asked_is_named(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 from collections.abc import Iterator
@@ -19,15 +20,31 @@ OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "
 ITEMS = {"vsi_bench": 200, "synthetic": 256}
 """Every other benchmark has twelve."""
 FIELDS = {
-    **{"isolation": "iso-1", "prompt": "0" * 16, "engine": "transformers", "precision": "float32"},
-    **{"decoding": "greedy", "max_new_tokens": 64, "max_segments": 8, "force_first_latent": False},
-    **{"min_pixels": 256, "max_pixels": 4096, "frames": 4, "seed": 0},
+    "isolation": "iso-1",
+    "prompt": "0" * 16,
+    "engine": "transformers",
+    "precision": "float32",
+    "decoding": "greedy",
+    "max_new_tokens": 64,
+    "max_segments": 8,
+    "force_first_latent": False,
+    "min_pixels": 256,
+    "max_pixels": 4096,
+    "frames": 4,
+    "seed": 0,
 }
+
+
+def noise() -> bytes:
+    """A picture that can hardly be packed."""
+    saved = io.BytesIO()
+    PIL.Image.effect_noise((320, 240), 60).convert("RGB").save(saved, "PNG")
+    return saved.getvalue()
 
 
 def written(folder: Path, name: str, right: float) -> Path:
     """Scores of a model that is right on that share of the items, with a photograph's worth of bytes an image."""
-    draw = random.Random(name)
+    draw, picture = random.Random(name), noise()
     (folder / "examples").mkdir(parents=True)
     entries, rows, examples = {}, [], []
     for benchmark in (*TITLES, "synthetic"):
@@ -38,26 +55,50 @@ def written(folder: Path, name: str, right: float) -> Path:
             steps = "The chair stands left of the table. " * draw.randrange(1, 30) + "w" * 300
             of_benchmark.append(
                 {
-                    **{"benchmark": benchmark, "id": f"{benchmark}/{place}", "cluster": f"scene {place // 4}"},
-                    **{"question": "These are frames of a video.\nWhich is\n" + "longest" * 40, "gold": "A"},
-                    **{"score": score, "correct": score == 1, "resolved": place % 5 > 0, "text_tokens": place},
-                    **{"output": f"<latent></latent>{steps}\nAnswer: A", "isolated": "A", "question_type": "x"},
-                    **{"status": "ok", "segments": 1},
+                    "benchmark": benchmark,
+                    "id": f"{benchmark}/{place}",
+                    "cluster": f"scene {place // 4}",
+                    "question": "These are frames of a video.\nWhich is\n" + "longest" * 40,
+                    "gold": "A",
+                    "score": score,
+                    "correct": score == 1,
+                    "resolved": place % 5 > 0,
+                    "text_tokens": place,
+                    "output": f"<latent></latent>{steps}\nAnswer: A",
+                    "isolated": "A",
+                    "question_type": "x",
+                    "status": "ok",
+                    "segments": 1,
                 }
             )
-        for row in of_benchmark[:2]:
+        # Only VaLR-M's are shown.
+        for row in of_benchmark[:2] if name == "stage2_valr_m" else ():
             files = [f"examples/{len(examples)}-{number}.png" for number in range(8)]
             for file in files:
-                PIL.Image.effect_noise((320, 240), 60).convert("RGB").save(folder / file)
+                (folder / file).write_bytes(picture)
             examples.append({"benchmark": benchmark, "id": row["id"], "images": files})
         rows += of_benchmark
         correct = sum(row["correct"] for row in of_benchmark)
         entries[benchmark] = {
-            **{"format": benchmark, "profile": "official", "revision": "5f" * 8, "drawn": n == 12, "n": n},
-            **{"correct": correct, "accuracy": correct / n, "interval": [0.8 * correct / n, min(1, 1.2 * correct / n)]},
-            **{"interval_method": "bootstrap", "rejected": {}, "cut_off": 1, "unresolved": 2, "format_misses": 1},
-            **{"majority": {"answer": "A", "accuracy": 0.3}, "totals": {f"sub_category_{i}": i / 7 for i in range(9)}},
-            **{"latent_trigger_rate": 0.5, "mean_segments": 1.5, "mean_text_tokens": 90.0, "mean_latent_steps": 24.0},
+            "format": benchmark,
+            "profile": "official",
+            "revision": "5f" * 8,
+            "drawn": n == 12,
+            "n": n,
+            "correct": correct,
+            "accuracy": correct / n,
+            "interval": [0.8 * correct / n, min(1, 1.2 * correct / n)],
+            "interval_method": "bootstrap",
+            "rejected": {},
+            "cut_off": 1,
+            "unresolved": 2,
+            "format_misses": 1,
+            "majority": {"answer": "A", "accuracy": 0.3},
+            "totals": {f"sub_category_{i}": i / 7 for i in range(9)},
+            "latent_trigger_rate": 0.5,
+            "mean_segments": 1.5,
+            "mean_text_tokens": 90.0,
+            "mean_latent_steps": 24.0,
         }
     slots = 16 if "valr" in name else 0
     scores = {"budget": FIELDS | {"slots": slots}, "confidence": 0.95, "benchmarks": entries}
@@ -103,9 +144,9 @@ def test_a_person_reads_the_page_without_moving_it_sideways(
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
     page.goto(page_file.as_uri())
-    for details in page.locator("details:not([open]) > summary").all():
-        details.click()
-    assert page.locator("details:not([open])").count() == 0
+    closed = page.locator("details:not([open]) > summary")
+    while closed.count():
+        closed.first.click()
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
     # What is wider than the page scrolls in its own box.

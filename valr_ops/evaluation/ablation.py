@@ -169,7 +169,7 @@ def compare(
         "confidence": confidence,
         "reference": reference,
         "models": {name: label(name) for name in models},
-        "budgets": {name: scores["budget"] for name, (scores, _) in models.items()},
+        "budgets": {name: asdict(Budget(**scores["budget"])) for name, (scores, _) in models.items()},
         "different": different,
         "benchmarks": benchmarks,
         "pooled": _pooled(models, rows, reference, confidence),

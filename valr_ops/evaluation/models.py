@@ -114,6 +114,8 @@ class Answerer:
     budget: Budget
     digest: str
     """Of the model's folder; of an endpoint, its address and the model's name."""
+    apart: bool = False
+    """Whether every prompt is answered by itself, so that one of a batch may be asked again without the others."""
 
 
 def open_answerer(name: str, folder: Path, recipe: Recipe, engine: str | None = None) -> Answerer:
@@ -143,7 +145,7 @@ def open_endpoint_model(name: str, url: str, model: str, recipe: Recipe) -> Answ
 
     ask = open_endpoint(url, model, recipe.evaluation.max_new_tokens)
     budget = _budget(recipe, ENDPOINT, precision="as served", prompt=_words(""), pixels=(None, None), slots=0)
-    return Answerer(name, lambda prompts: ask(_worded(prompts)), budget, digest([url, model]))
+    return Answerer(name, lambda prompts: ask(_worded(prompts)), budget, digest([url, model]), apart=True)
 
 
 def _open_ours(name: str, folder: Path, recipe: Recipe) -> Answerer:

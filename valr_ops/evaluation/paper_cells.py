@@ -10,7 +10,6 @@ has the error of its items; a cell on which the paper disagrees with itself says
 from __future__ import annotations
 
 import csv
-import importlib
 import io
 import math
 from collections import Counter
@@ -18,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from valr_ops.evaluation.benchmarks.vsi_bench import COUNTS as VSI_COUNTS
+from valr_ops.evaluation.benchmarks import blink, cv_bench, mmstar, mmvp, vsi_bench, vstar
 from valr_ops.evaluation.benchmarks.vsi_bench import DIRECTION, DIRECTIONS, TASKS
 from valr_ops.evaluation.statistics import Interval, against_printed, score_interval
 from valr_ops.recipe.recipes import paper, paper_tables
@@ -33,6 +32,14 @@ NOT_RUN, DRAWN, UNKNOWN_BIN = "not run", "drawn questions", "bin not printed"
 
 _TABLES = ("1", "2", "3", "4", "5", "6", "9", "11", "12")
 _ALSO_CALLED = {"base": ("qwen2.5-vl-7b", "qwen2.5-vl-7b-instruct"), "sft": ("vanilla_sft",)}
+_COUNTS = {
+    "vsi_bench": vsi_bench.COUNTS,
+    "blink": blink.COUNTS,
+    "mmvp": mmvp.COUNTS,
+    "mmstar": mmstar.COUNTS,
+    "vstar": vstar.COUNTS,
+    "cv_bench": cv_bench.COUNTS,
+}
 _FRAMES = 32
 _TASK_SHARES = {task: 1 / len(TASKS) for task in TASKS if task != DIRECTION} | {
     level: 1 / len(TASKS) / len(DIRECTIONS) for level in DIRECTIONS
@@ -100,7 +107,7 @@ class _Printed:
     @property
     def published(self) -> dict[str, int]:
         """Questions of each type that it is about."""
-        counts: dict[str, int] = importlib.import_module(f"valr_ops.evaluation.benchmarks.{self.benchmark}").COUNTS
+        counts = _COUNTS[self.benchmark]
         if self.benchmark != "vsi_bench" or self.average:
             return counts
         return {name: counts[name] for name in (DIRECTIONS if self.column == DIRECTION else (self.column,))}
@@ -246,7 +253,7 @@ def _printed_numbers(tables: Mapping[str, Any]) -> Iterator[_Printed]:
 
 def _printed_macro(scores: Mapping[str, float]) -> bool:
     """Whether a printed average of VSI-Bench is the mean of its tasks; most are the mean over questions."""
-    of_task = {task: sum(VSI_COUNTS[name] for name in (DIRECTIONS if task == DIRECTION else (task,))) for task in TASKS}
+    of_task = {task: sum(vsi_bench.COUNTS[name] for name in (DIRECTIONS if task == DIRECTION else (task,))) for task in TASKS}
     macro = math.fsum(scores[task] for task in TASKS) / len(TASKS)
     micro = math.fsum(scores[task] * n for task, n in of_task.items()) / sum(of_task.values())
     # Sub-tasks are printed with one decimal. The base model's average is neither of the two.

@@ -62,8 +62,10 @@ STUDIES = ("scaling_curve", "visual_decay", "alignment_maps", "latent_check")
 RESULT = "result.md"
 SHOWN_ITEMS = 10
 _SHOWN_MODEL = "valr_m"
-_SMALL_BYTES = 60_000
+_SMALL_BYTES = 20_000
 _WIDEST_PIXELS = 1600
+_PIXELS_OF_ITEM = 1280
+"""Width that the pictures of an item share."""
 
 
 def build_report(context: StageContext) -> StageReport:
@@ -142,7 +144,7 @@ def cards(folders: Mapping[str, Path], models: Mapping[str, Answers]) -> list[di
             | {
                 "model": label(shown),
                 "title": TITLES.get(row["benchmark"], row["benchmark"]),
-                "images": [data_uri(folders[shown] / file) for file in files[key]],
+                "images": [data_uri(folders[shown] / file, _PIXELS_OF_ITEM // len(files[key])) for file in files[key]],
                 "reasoning": reasoning(row["output"], slots),
                 "answers": [{"label": label(name), **of_key[key]} for name, of_key in rows.items() if key in of_key],
             }
@@ -246,16 +248,16 @@ def page(
     )
 
 
-def data_uri(image: Path) -> str:
-    """A PNG file as a data URI; a large one as WebP, so that a page with a hundred pictures can be mailed."""
+def data_uri(image: Path, widest: int = _WIDEST_PIXELS) -> str:
+    """A PNG file as a data URI; a large or wide one as WebP, so that a page with a hundred pictures can be mailed."""
     data, kind = image.read_bytes(), "png"
-    if len(data) > _SMALL_BYTES:
-        with PIL.Image.open(image) as opened:
-            opened.thumbnail((_WIDEST_PIXELS, 4 * _WIDEST_PIXELS))
+    with PIL.Image.open(io.BytesIO(data)) as opened:
+        if len(data) > _SMALL_BYTES or opened.width > widest:
+            opened.thumbnail((widest, 4 * widest))
             packed = io.BytesIO()
             opened.convert("RGB").save(packed, "WEBP", quality=82)
-        if packed.tell() < len(data):
-            data, kind = packed.getvalue(), "webp"
+            if packed.tell() < len(data):
+                data, kind = packed.getvalue(), "webp"
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
@@ -309,7 +311,7 @@ def _paper_groups(cells: Sequence[PaperCell]) -> list[dict[str, Any]]:
                     for row in dict.fromkeys(cell.row for cell in of_table)
                 ],
                 "counts": ", ".join(f"{count} {verdict}" for verdict, count in counts.items()),
-                "notes": list(dict.fromkeys(cell.note for cell in of_table if cell.note)),
+                "notes": list(dict.fromkeys(note for cell in of_table for note in cell.notes)),
             }
         )
     return groups

@@ -230,22 +230,22 @@ def ask(
     """One prediction for every question, in order.
 
     Batches are cut from the whole list of questions, and one with an item that is not in `done` is asked again as a
-    whole, so that an item is answered beside the same neighbours whether or not a run was killed. Each batch is on the
-    disk in `journal` before the next one begins.
+    whole, unless the model answers every item apart: so an item is answered beside the same neighbours whether or not a
+    run was killed. Each batch is on the disk in `journal` before the next one begins.
     """
 
     def answered() -> Iterator[Prediction]:
         with journal.open("ab") as file:
             for start in range(0, len(questions), batch_size):
                 batch = questions[start : start + batch_size]
-                keys = [(item.benchmark, item.id) for _, item in batch]
-                if all(key in done for key in keys):
+                missing = [one for one in batch if (one[1].benchmark, one[1].id) not in done]
+                if not missing:
                     continue
-                fresh = _ask_batch(batch, answerer)
+                fresh = _ask_batch(missing if answerer.apart else batch, answerer)
                 file.write("".join(_line(asdict(one)) for one in fresh).encode())
                 file.flush()
                 os.fsync(file.fileno())
-                yield from (one for one, key in zip(fresh, keys, strict=True) if key not in done)
+                yield from (one for one in fresh if (one.benchmark, one.id) not in done)
 
     fresh = {
         (one.benchmark, one.id): one

@@ -594,8 +594,8 @@ def _imposed_table(imposed: Sequence[ImposedBudgets]) -> str:
             against = "" if gain is None else f"{points(gain.difference)} ({points(gain.low)} to {points(gain.high)})"
             cells = [one.benchmark, one.control, f"{point.budget:g}", str(point.answers.n)]
             cells += [*_accuracy_cells(point.answers), against]
-            lengths = point.answers.mean_lengths
-            cells += [f"{lengths[name]:.4g}" if name in lengths else "" for name in LENGTHS]
+            means = point.answers.mean_lengths
+            cells += [f"{means[name]:.4g}" if name in means else "" for name in LENGTHS]
             lines.append(f"| {' | '.join([*cells, *_lost_cells(point.answers)])} |")
     return "\n".join(lines)
 
