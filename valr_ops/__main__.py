@@ -274,7 +274,7 @@ def _demo(options: argparse.Namespace) -> int:
     print("\nNext:")
     print("  make ui      the graph, the plots and the runs in your browser")
     print("  make demo    again: nothing that is up to date is done twice")
-    print("  The report is one page: artifacts/ablation_table/report.html")
+    print("  valr materialize +report    four studies of VaLR-M, and everything on one page")
     _last_line(selected=list(result.selected), made=list(result.made), seconds=round(result.seconds, 1))
     return 0
 

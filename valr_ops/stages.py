@@ -345,7 +345,6 @@ STAGES: tuple[Stage, ...] = (
         summary="One page: models beside the paper's, the studies, and ten items to read, worst first.",
         function="valr_ops.evaluation.report:build_report",
         inputs=("ablation_table", *_SCORES, "scaling_curve", "visual_decay", "alignment_maps", "latent_check"),
-        parameters=("evaluation.confidence", "scale"),
         kinds=("html",),
     ),
 )

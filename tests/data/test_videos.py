@@ -68,6 +68,13 @@ def test_the_frame_of_a_part_is_the_one_at_i_plus_a_half_of_n(at_most: int, posi
     assert shown(read(video(LEVELS), at_most)) == positions
 
 
+@pytest.mark.parametrize(("at_most", "positions"), [(1, [0]), (2, [0, 11]), (4, [0, 3, 7, 11]), (5, [0, 2, 5, 8, 11])])
+def test_the_rule_of_the_benchmarks_authors_takes_the_first_and_the_last_frame(
+    at_most: int, positions: list[int]
+) -> None:
+    assert shown(read_frames(video(LEVELS), at_most, LIMITS, "v.mp4", rule="ends")) == positions
+
+
 @pytest.mark.parametrize("at_most", [12, 13, 500])
 def test_a_video_with_no_more_frames_than_wanted_gives_each_of_them_once(at_most: int) -> None:
     assert shown(read(video(LEVELS), at_most)) == list(range(12))

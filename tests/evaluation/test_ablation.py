@@ -231,6 +231,8 @@ def test_scores_by_other_rules_or_of_other_files_make_no_table_unless_the_user_s
     models = {"sft": by_hand(0.5), "valr_m": other}
     with pytest.raises(ComparisonError, match=f"on blink: {field} is '.*' for SFT and 'another' for VaLR-M"):
         compare(models, "sft", 0.95)
+    with pytest.raises(ComparisonError, match=f"valr report --allow-different {field}"):
+        compare({"base": by_hand(0.5, counts=(120,)), **models}, "base", 0.95)
     table = compare(models, "sft", 0.95, allowed=[field])
     assert [f"blink: {field} is" in one for one in table["different"]] == [True]
     assert f"blink: {field} is" in markdown(table)

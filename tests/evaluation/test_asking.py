@@ -127,6 +127,13 @@ def test_a_data_set_that_is_not_whole_is_refused_with_its_counts(vsi: Path, tmp_
         open_benchmark("vsi_bench", vsi, showing, profile="official@2")
 
 
+def test_a_question_opens_no_latent_segment_by_its_words(tmp_path: Path) -> None:
+    line = {"id": 1, "prompt": "What is <latent><|im_end|>?", "answer": "a tag"}
+    (tmp_path / "mine.jsonl").write_text(json.dumps(line) + "\n")
+    opened = open_benchmark("mine", tmp_path, Showing.of_recipe(recipe(), tmp_path), "jsonl")
+    assert opened.prompt(opened.items[0]) == ([], "What is &lt;latent>&lt;|im_end|>?")
+
+
 def test_a_damaged_video_is_counted_and_never_scored(vsi: Path, tmp_path: Path) -> None:
     folder = tmp_path / "vsi"
     write_benchmark(folder, Drawing("vsi_bench", 0, 10, SIZES))

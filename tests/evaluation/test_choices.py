@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from valr_ops.evaluation.choices import by_can_infer, can_infer, extract_letter, gold_letter
+from valr_ops.evaluation.choices import by_can_infer, can_infer, extract_letter, gold_letter, read_leniently
 from valr_ops.evaluation.scoring import Case, Scored, ScoringError
 
 OPTIONS = ("left", "right", "above", "below")
@@ -112,3 +112,24 @@ def test_a_very_long_answer_is_read_in_one_pass(unit: str) -> None:
     extract_letter(output)
     # One pass takes a hundredth of a second, a quadratic one minutes.
     assert time.process_time() - started < 20
+
+
+@pytest.mark.parametrize(
+    ("output", "gold", "options", "found"),
+    [
+        ("(b)", "B", OPTIONS, True),
+        ("**B**, to the right", "(B)", OPTIONS, True),
+        ("on the right", "B", OPTIONS, True),
+        ("A or B", "B", OPTIONS, False),
+        ("(C)", "B", OPTIONS, False),
+        ("3.4m", "3.4", (), True),
+        ("first 3.4, then 5", "3.4", (), False),
+        ("It says EXIT.", "exit", (), True),
+        ("exits", "exit", (), False),
+        ("", "exit", (), False),
+    ],
+)
+def test_a_kind_reader_finds_answers_that_only_their_form_lost(
+    output: str, gold: str, options: tuple[str, ...], found: bool
+) -> None:
+    assert read_leniently(Case("1", gold, output, options=options)) is found

@@ -8,16 +8,17 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from tests import tiny
 from tests.evaluation.scenes import context
 from tests.evaluation.test_run import users_folder
-from valr_ops.data.rewriting import ANSWER_CUE
+from valr_ops.data.rewriting import ANSWER_CUE, ControlTokens
 from valr_ops.evaluation.benchmarks import BenchmarkError
 from valr_ops.evaluation.length_study import build_scaling_curve
 from valr_ops.evaluation.run import build_scores
 from valr_ops.model.answering import generate_answers
-from valr_ops.model.decoding import ValrForConditionalGeneration
+from valr_ops.model.decoding import Grammar, SegmentRules, ValrForConditionalGeneration
 from valr_ops.model.qwen import load_model, save_model
 from valr_ops.store.artifacts import StageContext
 
@@ -50,6 +51,16 @@ def test_the_answer_begins_where_the_reasoning_has_to_end(folder: Path) -> None:
         assert whole.startswith(before.removesuffix("\n"))
         assert len(processor.tokenizer.encode(before, add_special_tokens=False)) <= 5 + cue
         assert after
+
+
+def test_no_segment_begins_once_the_answer_has_to() -> None:
+    control = ControlTokens(latent=5, latent_end=6, latent_pad=7)
+    grammar = Grammar(SegmentRules(4, None), control, torch.zeros(2, dtype=torch.long), pad=0)
+    grammar.closed[1] = True
+    scores = grammar.rule_out(torch.zeros(2, 9))
+    assert scores[:, 5].tolist() == [0.0, float("-inf")]
+    grammar.keep(torch.tensor([1]))
+    assert grammar.rule_out(torch.zeros(1, 9))[0, 5] == float("-inf")
 
 
 def study(folder: Path, tmp_path: Path, **changes: object) -> StageContext:

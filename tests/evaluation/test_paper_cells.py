@@ -103,7 +103,7 @@ def test_the_average_of_vsi_bench_is_the_one_that_the_row_prints_and_the_macro_s
     quoted = cell(cells, "1", "gpt-4o", "avg")
     assert (quoted.compared, quoted.verdict) == ("macro", "within noise")
     assert quoted.ours == quoted.macro == pytest.approx(34.0, abs=0.1)
-    assert not quoted.note
+    assert not quoted.notes
 
 
 def test_directions_and_cv_bench_weigh_their_parts_as_the_authors_do() -> None:
@@ -154,10 +154,10 @@ def test_a_point_of_figure_2_has_no_verdict_because_its_bin_is_not_printed() -> 
 
 def test_cells_say_where_the_paper_disagrees_with_itself_and_where_frames_differ() -> None:
     cells = paper_cells({"valr_s": video("valr_s", frames=4)}, 0.95)
-    assert "disagrees with itself" in cell(cells, "4", "dinov3 + siglip2", "vsi_bench").note
-    assert "no fraction of 150 pairs" in cell(cells, "9", "pi3 + qwen", "mmvp").note
-    assert "4 frames, the paper 32" in cell(cells, "1", "valr_s", "route_planning").note
-    assert not cell(cells, "2", "valr_s", "vstar").note
+    assert "disagrees with itself" in cell(cells, "4", "dinov3 + siglip2", "vsi_bench").notes[0]
+    assert "no fraction of 150 pairs" in cell(cells, "9", "pi3 + qwen", "mmvp").notes[0]
+    assert cell(cells, "1", "valr_s", "route_planning").notes == ("4 frames, the paper 32",)
+    assert not cell(cells, "2", "valr_s", "vstar").notes
 
 
 def test_csv_and_markdown_hold_every_cell_and_counts_add_up() -> None:

@@ -31,6 +31,7 @@ from valr_ops.evaluation.paper_cells import (
     cells_csv,
     cells_markdown,
     paper_cells,
+    signed,
     verdict_counts,
 )
 from valr_ops.evaluation.run import read_predictions, read_scores
@@ -192,42 +193,42 @@ def _allowed_differences(
     unknown = [field for field in allowed if field not in known]
     if unknown:
         raise ComparisonError(f"no field {unknown[0]!r} can be allowed to differ; there are {', '.join(known)}")
-    found = []
-    for name in models:
+    found: list[str] = []
+    budgets = {name: Budget(**scores["budget"]) for name, (scores, _) in models.items()}
+    for name, budget in budgets.items():
         pair = (label(reference), label(name))
-        one, other = (models[each][0] for each in (reference, name))
-        budget, other_budget = Budget(**one["budget"]), Budget(**other["budget"])
-        budget.require_comparable(other_budget, pair, allowed)
-        found += budget.differences(other_budget, pair).values()
-        for benchmark in one["benchmarks"].keys() & other["benchmarks"].keys():
-            said = _data_differences(one, other, rows[reference], rows[name], benchmark, pair)
-            refused = [words for field, words in said.items() if field not in allowed]
+        budgets[reference].require_comparable(budget, pair, allowed)
+        found += budgets[reference].differences(budget, pair).values()
+    for benchmark in dict.fromkeys(name for scores, _ in models.values() for name in scores["benchmarks"]):
+        asked = [name for name, (scores, _) in models.items() if benchmark in scores["benchmarks"]]
+        first = reference if reference in asked else asked[0]
+        for name in asked:
+            said = _data_differences(models, rows, benchmark, first, name)
+            refused = {field: words for field, words in said.items() if field not in allowed}
             if refused:
+                words = "; ".join(refused.values())
+                allow = " ".join(f"--allow-different {field}" for field in refused)
                 raise ComparisonError(
-                    f"{pair[0]} and {pair[1]} can't be compared on {benchmark}: {'; '.join(refused)}. "
-                    "Score both on the same files by the same profile"
+                    f"{label(first)} and {label(name)} can't be compared on {benchmark}: {words}. "
+                    f"Score both on the same files by the same profile; `valr report {allow}` compares nevertheless"
                 )
             found += [f"{benchmark}: {words}" for words in said.values()]
     return list(dict.fromkeys(found))
 
 
 def _data_differences(
-    one: Mapping[str, Any],
-    other: Mapping[str, Any],
-    rows: _Keyed,
-    other_rows: _Keyed,
-    benchmark: str,
-    pair: tuple[str, str],
+    models: Mapping[str, Answers], rows: Mapping[str, _Keyed], benchmark: str, one: str, other: str
 ) -> dict[str, str]:
-    first, second = one["benchmarks"][benchmark], other["benchmarks"][benchmark]
+    """By field that differs, half a sentence with both values."""
+    first, second = (models[name][0]["benchmarks"][benchmark] for name in (one, other))
     said = {
-        field: f"{field} is {first[field]!r} for {pair[0]} and {second[field]!r} for {pair[1]}"
+        field: f"{field} is {first[field]!r} for {label(one)} and {second[field]!r} for {label(other)}"
         for field in ("profile", "revision")
         if first[field] != second[field]
     }
     asked, other_asked = (
-        {(key[1], row["question"], row["gold"]) for key, row in each.items() if key[0] == benchmark}
-        for each in (rows, other_rows)
+        {(key[1], row["question"], row["gold"]) for key, row in rows[name].items() if key[0] == benchmark}
+        for name in (one, other)
     )
     if asked != other_asked:
         some = sorted(asked ^ other_asked)[0][0]
@@ -479,7 +480,7 @@ def percent(share: float) -> str:
 
 def points(difference: float) -> str:
     """A difference of shares in percentage points, signed."""
-    return f"{100 * difference:+.1f}".replace("-", "−")
+    return signed(100 * difference)
 
 
 def interval_words(row: Mapping[str, Any]) -> str:

@@ -67,7 +67,7 @@ class PaperCell:
     """Which number of ours."""
     verdict: str
     """`within noise`, `differs`, or why there is none."""
-    note: str
+    notes: tuple[str, ...]
     """What else has to be known: where the paper disagrees with itself, other frames than the paper's."""
     profile: str = ""
     ours: float | None = None
@@ -110,7 +110,7 @@ class _Printed:
         counts = _COUNTS[self.benchmark]
         if self.benchmark != "vsi_bench" or self.average:
             return counts
-        return {name: counts[name] for name in (DIRECTIONS if self.column == DIRECTION else (self.column,))}
+        return {name: counts[name] for name in _types(self.column)}
 
     @property
     def shares(self) -> Mapping[str, float] | None:
@@ -182,22 +182,22 @@ def paper_cells(models: Mapping[str, Answers], confidence: float) -> list[PaperC
                 ours.setdefault(name, ours[other])
     tables = paper_tables()
     return [
-        _cell(printed, ours.get(printed.model), _inconsistency(printed, tables["known_inconsistencies"]))
+        _cell(printed, ours.get(printed.model), _inconsistencies(printed, tables["known_inconsistencies"]))
         for printed in _printed_numbers(tables["tables"])
     ]
 
 
-def _cell(printed: _Printed, model: _Model | None, inconsistency: str) -> PaperCell:
+def _cell(printed: _Printed, model: _Model | None, inconsistencies: Sequence[str]) -> PaperCell:
     total = 0 if printed.tokens is not None else sum(printed.published.values())
     found = model.scored(printed.benchmark) if model else None
-    notes = [inconsistency] if inconsistency else []
+    notes = [*inconsistencies]
     verdict = NOT_RUN
     values: dict[str, Any] = {}
     if model and found:
         name, score = found
         interval, asked = model.measured(printed, name, printed.shares)
         values["profile"] = score["profile"]
-        if printed.average and printed.benchmark == "vsi_bench":
+        if printed.average:
             macro, _ = model.measured(printed, name, _TASK_SHARES)
             values["macro"] = _percent(macro.value) if macro else None
         if interval:
@@ -229,7 +229,7 @@ def _cell(printed: _Printed, model: _Model | None, inconsistency: str) -> PaperC
         items=total,
         compared=printed.compared,
         verdict=verdict,
-        note="; ".join(notes),
+        notes=tuple(notes),
         **(values | shares),
     )
 
@@ -253,11 +253,16 @@ def _printed_numbers(tables: Mapping[str, Any]) -> Iterator[_Printed]:
 
 def _printed_macro(scores: Mapping[str, float]) -> bool:
     """Whether a printed average of VSI-Bench is the mean of its tasks; most are the mean over questions."""
-    of_task = {task: sum(vsi_bench.COUNTS[name] for name in (DIRECTIONS if task == DIRECTION else (task,))) for task in TASKS}
+    of_task = {task: sum(vsi_bench.COUNTS[name] for name in _types(task)) for task in TASKS}
     macro = math.fsum(scores[task] for task in TASKS) / len(TASKS)
     micro = math.fsum(scores[task] * n for task, n in of_task.items()) / sum(of_task.values())
     # Sub-tasks are printed with one decimal. The base model's average is neither of the two.
     return abs(macro - scores["avg"]) < 0.1 < abs(micro - scores["avg"])
+
+
+def _types(task: str) -> tuple[str, ...]:
+    """Question types of one of VSI-Bench's eight tasks."""
+    return DIRECTIONS if task == DIRECTION else (task,)
 
 
 _Settings = tuple[frozenset[str], float, int, int]
@@ -303,11 +308,12 @@ def _row(row: Mapping[str, Any], trained: Mapping[_Settings, str]) -> tuple[str,
     return words[varied], trained[settings]
 
 
-def _inconsistency(printed: _Printed, known: Sequence[Mapping[str, Any]]) -> str:
-    for one in known:
-        if printed.table in one["where"] and printed.column in one["about"] and printed.score in one["printed"]:
-            return f"the paper disagrees with itself: {one['about']}"
-    return ""
+def _inconsistencies(printed: _Printed, known: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [
+        f"the paper disagrees with itself: {one['about']}"
+        for one in known
+        if printed.table in one["where"] and printed.column in one["about"] and printed.score in one["printed"]
+    ]
 
 
 def cells_csv(cells: Sequence[PaperCell]) -> str:
@@ -315,7 +321,7 @@ def cells_csv(cells: Sequence[PaperCell]) -> str:
     out = io.StringIO()
     writer = csv.DictWriter(out, [one.name for one in fields(PaperCell)], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(asdict(cell) for cell in cells)
+    writer.writerows(asdict(cell) | {"notes": "; ".join(cell.notes)} for cell in cells)
     return out.getvalue()
 
 
@@ -325,10 +331,17 @@ def cells_markdown(cells: Sequence[PaperCell]) -> str:
     sections = []
     for table in dict.fromkeys(cell.table for cell in cells):
         lines = [f"### {table_name(table)}: {titles[table]}", ""]
-        lines.append("| row | column | paper | ours | interval | difference | its interval | verdict | note |")
+        lines.append("| row | column | paper | ours | interval | difference | its interval | verdict | notes |")
         lines.append("| --- | --- | ---: | ---: | --- | ---: | --- | --- | --- |")
         for cell in (one for one in cells if one.table == table):
-            shown = [cell.row, cell.column, f"{cell.paper:.1f}", *number_words(cell), cell.verdict, cell.note]
+            shown = [
+                cell.row,
+                cell.column,
+                f"{cell.paper:.1f}",
+                *number_words(cell),
+                cell.verdict,
+                "; ".join(cell.notes),
+            ]
             lines.append(f"| {' | '.join(shown)} |")
         sections.append("\n".join(lines))
     return "\n\n".join(sections)
@@ -341,8 +354,13 @@ def number_words(cell: PaperCell) -> list[str]:
     words = [f"{cell.ours:.1f}", f"{cell.low:.1f} to {cell.high:.1f}"]
     if cell.difference is None:
         return [*words, "", ""]
-    difference = [f"{cell.difference:+.1f}", f"{cell.difference_low:+.1f} to {cell.difference_high:+.1f}"]
-    return [*words, *(word.replace("-", "−") for word in difference)]
+    low, high = signed(cell.difference_low or 0.0), signed(cell.difference_high or 0.0)
+    return [*words, signed(cell.difference), f"{low} to {high}"]
+
+
+def signed(points: float) -> str:
+    """A difference in points with its sign; what rounds to zero is +0.0."""
+    return f"{round(points, 1) + 0.0:+.1f}".replace("-", "−")
 
 
 def table_name(table: str) -> str:

@@ -223,7 +223,9 @@ def benchmark_of_records(
     items, rejections = jsonl.from_records(name, records)
     shown = [[image.digest for image in item.images if isinstance(image, Image)] for item in items]
     revision = digest([[one.id, one.question, one.gold, digests] for one, digests in zip(items, shown, strict=True)])
-    return Benchmark(name, "jsonl", profile_of(rules_of("jsonl"), name, None), revision, items[:limit], rejections, showing, drawn)
+    return Benchmark(
+        name, "jsonl", profile_of(rules_of("jsonl"), name, None), revision, items[:limit], rejections, showing, drawn
+    )
 
 
 def profile_of(rules: Rules, name: str, profile: str | None) -> str:

@@ -118,6 +118,7 @@ def write_page(
         raise ComparisonError(f"two of the {len(folders)} folders have one name; rename one: {', '.join(own)}")
     models = read_models(own)
     chosen = reference or (REFERENCE if REFERENCE in models else next(iter(own)))
+    chosen = chosen if chosen in models else model_name(chosen)
     confidence = models[chosen][0]["confidence"] if chosen in models else 0.95
     try:
         table = compare(models, chosen, confidence, allowed=allowed)
@@ -266,7 +267,7 @@ def _headlines(table: Mapping[str, Any]) -> list[tuple[str, str]]:
     said = []
     for benchmark in table["benchmarks"].values():
         if benchmark["n"] >= FEW:
-            best = max(benchmark["rows"], key=lambda row: row["accuracy"])
+            best = _best(benchmark)
             beside = {"above": "above", "below": "below", "within noise": "within noise of"}[best["against_majority"]]
             majority = percent(benchmark["majority"]["accuracy"])
             words = (
@@ -275,12 +276,18 @@ def _headlines(table: Mapping[str, Any]) -> list[tuple[str, str]]:
             said.append((f"{benchmark['title']}, {benchmark['n']:,} items", words + _against(best, table)))
     if table["pooled"]:
         pooled = table["pooled"]
-        best = max(pooled["rows"], key=lambda row: row["accuracy"])
+        best = _best(pooled)
         words = f"{best['label']} is best with {percent(best['accuracy'])} of the {pooled['n']:,} items"
         names = [table["benchmarks"][name]["title"] for name in pooled["benchmarks"]]
         title = f"{', '.join(names)}, fewer than {FEW} items{' each' if len(names) > 1 else ''}"
         said.append((title, words + _against(best, table)))
     return said
+
+
+def _best(compared: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Of the models that answered all items."""
+    whole = [row for row in compared["rows"] if row["n"] == compared["n"]]
+    return max(whole or compared["rows"], key=lambda row: row["accuracy"])
 
 
 def _against(row: Mapping[str, Any], table: Mapping[str, Any]) -> str:

@@ -133,7 +133,8 @@ def generate_answers(
         latents: False rules segments out; so does a model without ``config.valr["slots"]``.
         settle: ends segments early, see `SegmentRules.settle`.
         max_reasoning_tokens: after so many tokens outside segments the answer has to begin: its opening words are put
-            down for the model where it has not written them. None leaves the length to the model.
+            down for the model where it has not written them, and no segment begins any more. None leaves the length to
+            the model.
         intervention: what is changed inside the model, for studies of what it uses; None is nothing.
         sampling: of all rows, or one a row; None is greedy.
         on_text: called with a row's number and its newly finished text, whole characters without control tokens.
@@ -187,8 +188,8 @@ def generate_answers(
             if answer.finish_reason is not None:
                 continue
             answer.take(token, control, ends)
-            if max_reasoning_tokens is not None:
-                answer.bound(max_reasoning_tokens, processor.tokenizer, control)
+            if max_reasoning_tokens is not None and answer.bound(max_reasoning_tokens, processor.tokenizer, control):
+                rows.grammar.closed[place] = True
             answer.steps += token in step_ends
             if token == control.latent_end or answer.finish_reason == "length_in_segment":
                 answer.latents.append(rows.segment(place))
@@ -292,16 +293,17 @@ class _Answer:
             in_segment = token in (control.latent, control.latent_pad)
             self.finish_reason = "length_in_segment" if in_segment else "length"
 
-    def bound(self, tokens: int, tokenizer: PreTrainedTokenizerBase, control: ControlTokens) -> None:
-        """Open the answer where so many tokens outside segments did not."""
+    def bound(self, tokens: int, tokenizer: PreTrainedTokenizerBase, control: ControlTokens) -> bool:
+        """Open the answer where so many tokens outside segments did not; whether the reasoning ends with this."""
         text = [token for token in self.ids if token not in (control.latent, control.latent_end, control.latent_pad)]
         if self.bounded or len(text) < tokens:
-            return
+            return False
         self.bounded = True
         written = str(tokenizer.decode(text))
         if ANSWER_CUE not in written:
             cue = ANSWER_CUE if not written or written.endswith("\n") else f"\n{ANSWER_CUE}"
             self.cue.extend(tokenizer.encode(cue, add_special_tokens=False))
+        return True
 
     def generation(self, tokenizer: PreTrainedTokenizerBase, control: ControlTokens, seconds: float) -> Generation:
         """The finished answer."""

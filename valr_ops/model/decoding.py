@@ -138,6 +138,8 @@ class Grammar:
         self.settled = torch.zeros_like(self.used, dtype=torch.bool)
         """Whether the open segment may end before its last slot."""
         self.finished = torch.zeros_like(self.settled)
+        self.closed = torch.zeros_like(self.settled)
+        """Where no segment may begin any more."""
         never = [self.control.latent_pad, self.control.latent_end, *([] if rules.slots else [self.control.latent])]
         self._never = [token for token in never if token != _FREE]
         if control is not None:
@@ -158,9 +160,10 @@ class Grammar:
         """`scores` [rows, vocabulary], with minus infinity written at the ids that may not follow."""
         for token in self._never:
             scores[:, token] = float("-inf")
-        if self.rules.slots and self.rules.max_segments is not None:
-            spent = (self.opened >= self.rules.max_segments).to(scores.device)
-            scores[:, self.control.latent].masked_fill_(spent, float("-inf"))
+        if self.rules.slots:
+            most = self.rules.max_segments
+            spent = self.closed if most is None else self.closed | (self.opened >= most)
+            scores[:, self.control.latent].masked_fill_(spent.to(scores.device), float("-inf"))
         return scores
 
     def in_segment(self) -> Tensor:
@@ -181,7 +184,7 @@ class Grammar:
 
     def keep(self, rows: Tensor) -> None:
         """Forget all other rows."""
-        for name in ("used", "opened", "settled", "finished"):
+        for name in ("used", "opened", "settled", "finished", "closed"):
             setattr(self, name, getattr(self, name)[rows])
 
 
