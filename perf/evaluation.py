@@ -12,6 +12,7 @@ import random
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -40,6 +41,8 @@ _OUTPUTS = (
     "<answer>A</answer>",
     "none of these",
 )
+_GOLDS = {"math_vision": "1/2", "math_vista": _OPTIONS[1], "vsi_bench": "B"}
+_TYPES = {"vsi_bench": "route_planning", "cv_bench": "ade", "math_vista": "multi_choice"}
 _CHOICE = ("vsi_bench", "blink", "mmvp", "mmstar", "vstar", "cv_bench", "math_vista", "realworldqa", "hr_bench")
 
 
@@ -51,9 +54,9 @@ def scoring() -> Iterator[Row]:
         cases = [
             Case(
                 id=str(number),
-                gold="1/2" if name == "math_vision" else "(B)" if name != "vsi_bench" else "B",
+                gold=_GOLDS.get(name, "(B)"),
                 output=chosen.choice(_OUTPUTS),
-                question_type="route_planning" if name == "vsi_bench" else "ade" if name == "cv_bench" else "",
+                question_type=_TYPES.get(name, ""),
                 options=() if name == "math_vision" else _OPTIONS[:2] if name == "mmvp" else _OPTIONS,
             )
             for number in range(ANSWERS)
@@ -115,11 +118,11 @@ def page() -> Iterator[Row]:
     """The report of four models on 1,000 items."""
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)
-        folders = {}
+        folders = []
         for name in ("scores_base", "scores_sft", "scores_valr_s", "scores_valr_m"):
             at = context(name, root, batch_size=64)
-            score_model(at, [benchmark(1000)], answerer(truthful))
-            folders[name] = at.out
+            score_model(at, [benchmark(1000)], replace(answerer(truthful), name=name))
+            folders.append(at.out)
         seconds = []
         for _ in range(5):
             started = time.monotonic()
