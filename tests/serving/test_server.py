@@ -33,6 +33,7 @@ from valr_ops.serving.app import Service, create_app
 from valr_ops.serving.protocol import ApiError, read_request
 from valr_ops.serving.served import PromptChecker, PromptLimits, ServedModel
 from valr_ops.serving.server import ServingError, serve
+from valr_ops.store.artifacts import ArtifactError
 
 CHAT = "/v1/chat/completions"
 
@@ -338,7 +339,7 @@ def test_options_that_make_no_sense_are_refused_by_name():
         options(batch=0)
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ServingError, match="in use"):
         serve(options(port=taken.getsockname()[1]))
-    with pytest.raises(AnswerError, match="--model nowhere: neither a folder"):
+    with pytest.raises(ArtifactError, match="--model nowhere: neither a folder"):
         serve(options(model="nowhere"))
 
 
