@@ -1,11 +1,17 @@
 """One Dagster asset for each row of the table of stages, with its checks, kinds, owners and code version."""
 
-from collections.abc import Iterator
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
 from typing import Any
 
 import dagster as dg
 
 from assets.dispatch import StageRunner
+from assets.retrying import WAITS_SECONDS, raise_for
+from valr_ops.recipe import recipes
+from valr_ops.recipe.recipe import Recipe, RecipeError
 from valr_ops.stages import STAGES, Stage
 from valr_ops.store.artifacts import project_root
 
@@ -18,16 +24,51 @@ OWNERS = {
 }
 """Who is asked about an asset; one team a group."""
 
+REPORT = "report"
+FRESH = timedelta(days=8)
+"""How old the report may get: a week between two scheduled runs, and a day for the run."""
 
-def stage_asset(row: Stage) -> dg.AssetsDefinition:
-    """The asset of one stage. Its body dispatches the verb; everything it shows is reported by the stage itself."""
+GPU_POOL = "gpu"
+"""Steps of this pool run as many at a time as the Dagster instance allows: one, unless it says otherwise."""
+
+
+def project_recipe() -> Recipe | None:
+    """The recipe as it stood when Dagster loaded the project; None where it is wrong, which every stage then says."""
+    try:
+        return recipes.load(project_root(), json.loads(os.environ.get("VALR_SET", "{}")))
+    except RecipeError:
+        return None
+
+
+RECIPE = project_recipe()
+
+_ON_A_LAPTOP = RECIPE is None or RECIPE.scale == "tiny"
+"""Everything runs on the CPU, and a person waits for the answer."""
+
+
+def stage_asset(
+    row: Stage,
+    cells: dg.PartitionsDefinition | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    announce: Callable[[dg.AssetExecutionContext], str] | None = None,
+) -> dg.AssetsDefinition:
+    """The asset of one stage. Its body dispatches the verb; everything it shows is reported by the stage itself.
+
+    Args:
+        row: of the table; where there are cells, what they have in common.
+        cells: for a stage that is made by cell, one partition each.
+        metadata: shown with the asset beside what all of them show.
+        announce: what to say in the log before the stage starts.
+    """
     root = project_root()
+    by_hand = f"{row.name}@CELL" if cells else row.name
+    with_dvc = f"ablation/dvc.yaml:{by_hand}" if cells else row.name
 
     @dg.asset(
         name=row.name,
         deps=list(row.inputs) or ([] if row.name == "recipe" else ["recipe"]),
         group_name=row.group,
-        description=f"{row.summary}\n\nBy hand: `valr run {row.name}` or `dvc repro {row.name}`.",
+        description=f"{row.summary}\n\nBy hand: `valr run {by_hand}` or `dvc repro {with_dvc}`.",
         kinds=set(row.kinds),
         owners=[OWNERS[row.group]],
         code_version=row.code_digest(root),
@@ -35,11 +76,24 @@ def stage_asset(row: Stage) -> dg.AssetsDefinition:
             dg.AssetCheckSpec(name=check, asset=row.name, blocking=True, description=check.replace("_", " "))
             for check in row.checks
         ],
-        metadata={"recipe fields": ", ".join(row.parameters) or "all", "artifact": f"artifacts/{row.name}"},
+        metadata={
+            "recipe fields": ", ".join(row.parameters) or "all",
+            "artifact": f"artifacts/{row.name}",
+            **(metadata or {}),
+        },
         tags={"resources": row.resources},
+        partitions_def=cells,
+        pool=GPU_POOL if row.resources == "gpu" and not _ON_A_LAPTOP else None,
+        freshness_policy=dg.FreshnessPolicy.time_window(fail_window=FRESH) if row.name == REPORT else None,
     )
     def asset(context: dg.AssetExecutionContext, stages: StageRunner) -> Iterator[Any]:
-        yield from stages.materialize(context, row.name, root)
+        name = f"{row.name}@{context.partition_key}" if cells else row.name
+        if announce:
+            context.log.info(announce(context))
+        try:
+            yield from stages.materialize(context, name, root)
+        except dg.Failure as failure:
+            raise_for(failure, context, () if _ON_A_LAPTOP else WAITS_SECONDS)
 
     return asset
 

@@ -1,4 +1,4 @@
-"""The only `Definitions`: assets from the table of stages, jobs, and how stages are run.
+"""The only `Definitions`: assets from the table of stages, jobs, what starts them, and how stages are run.
 
 Loading this imports neither torch nor transformers, mlflow or great_expectations: every process that Dagster starts
 loads it, so it has to be quick.
@@ -6,9 +6,12 @@ loads it, so it has to be quick.
 
 import dagster as dg
 
+from assets.ablation import ablation as ablation_asset
 from assets.dispatch import StageRunner
 from assets.factory import stage_assets
-from pipelines.jobs import corpus, everything
+from pipelines.jobs import ablation, corpus, everything
+from pipelines.schedules import weekly
+from pipelines.sensors import failed_run, new_data, stale_report
 
 PRELOADED = [
     "pipelines.definitions",
@@ -20,8 +23,10 @@ PRELOADED = [
 Alembic in it, a step takes 1 s longer. Where one of them is not there any more, the step imports what it needs."""
 
 defs = dg.Definitions(
-    assets=stage_assets,
-    jobs=[everything, corpus],
+    assets=[*stage_assets, ablation_asset],
+    jobs=[everything, corpus, ablation],
+    schedules=[weekly],
+    sensors=[new_data, stale_report, failed_run],
     resources={"stages": StageRunner()},
     executor=dg.multiprocess_executor.configured(
         {"max_concurrent": 2, "start_method": {"forkserver": {"preload_modules": PRELOADED}}}

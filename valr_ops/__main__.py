@@ -2,8 +2,8 @@
 
 Every verb prints for people while it works and ends standard output with one line of JSON. Errors are one message
 that says what, where and how to mend it; ``--debug`` adds the traceback. Exit status: 0 done; 2 wrong usage, or nothing
-to read (check-data); 3 some records were rejected (check-data); 42 a configuration or data problem that a retry can't
-mend; 75 stopped at a checkpoint and ready to go on; 130 interrupted; 1 anything else.
+to read (check-data); 3 some records were rejected (check-data), or the gate refused (release); 42 a configuration or
+data problem that a retry can't mend; 75 stopped at a checkpoint and ready to go on; 130 interrupted; 1 anything else.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+EXIT_REFUSED = 3
 EXIT_CONFIGURATION = 42
 EXIT_INTERRUPTED = 130
 
@@ -24,6 +26,9 @@ EXIT_INTERRUPTED = 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, run the verb, and return the exit status."""
     options = _parser().parse_args(arguments)
+    if arguments is None:
+        # What a person typed, for the lineage of all that is made by it; the processes of stages inherit it.
+        os.environ.setdefault("VALR_COMMAND", shlex.join(["valr", *sys.argv[1:]]))
     verb: Callable[[argparse.Namespace], int] = options.verb
     try:
         if options.in_project:
@@ -101,6 +106,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="I/N",
         help="do the I-th of N parts (from 0), beside other processes; a run without --part then finishes",
     )
+    run.add_argument(
+        "--job", metavar="URL", help="on another machine: recipe and inputs come from this s3:// prefix, all goes there"
+    )
+    run.set_defaults(wrong_usage=run.error)
 
     stages = verb("stages", _stages, "list the stages and what is out of date")
     stages.add_argument("--write", action="store_true", help="write dvc.yaml from the table of stages")
@@ -108,6 +117,16 @@ def _parser() -> argparse.ArgumentParser:
     plan = with_set(verb("plan", _plan, "show the recipe: every field, its value and where it comes from"))
     plan.add_argument("--scale", choices=["tiny", "small", "paper"], help="another scale than the one in params.yaml")
     plan.add_argument("--assumptions", action="store_true", help="only the choices on which the paper is silent")
+    plan.add_argument(
+        "--stage", metavar="STAGE", help="instead: what a stage costs, before it runs; stage2_ablation sums its cells"
+    )
+    plan.add_argument(
+        "--manifest",
+        nargs="?",
+        const="stage2_valr_m",
+        metavar="STAGE",
+        help="instead: the Kubernetes Job of a stage, as YAML; needs no cluster",
+    )
 
     check = with_set(verb("check-data", _check_data, "validate your records and show the first ones", in_project=False))
     check.add_argument("path", metavar="FOLDER_OR_JSONL", help="a local folder or file, or an s3://bucket/prefix")
@@ -189,9 +208,13 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("run", type=Path, metavar="FOLDER", help="what `valr ask` wrote")
     evaluate.add_argument("--profile", metavar="NAME", help="whose rules; each benchmark's default without it")
 
-    report = verb("report", _report, "put scored models side by side on one page, with the paper's cells", False)
-    report.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="scores: of `valr evaluate` or a stage")
-    report.add_argument("--out", required=True, type=Path, metavar="HTML", help="the page, one file")
+    report = verb("report", _report, "put scored models side by side on one page, or trace where one came from", False)
+    report.add_argument("folders", nargs="*", type=Path, metavar="FOLDER", help="scores: of `valr evaluate` or a stage")
+    report.add_argument("--out", type=Path, metavar="HTML", help="the page, one file")
+    report.add_argument(
+        "--lineage", metavar="STAGE", help="instead: what this artifact was made from, and what from it"
+    )
+    report.set_defaults(wrong_usage=report.error)
     report.add_argument("--reference", metavar="NAME", help="the model that others are compared with; SFT or the first")
     report.add_argument(
         "--allow-different",
@@ -200,6 +223,19 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FIELD",
         help="compare though this differs; the page says so",
     )
+
+    release = verb("release", _release, "which model is champion: promote one through the gate, roll back, or show")
+    steps = release.add_subparsers(dest="step", metavar="STEP", required=True)
+    promote = steps.add_parser("promote", help="let the gate decide whether a scored model becomes champion")
+    promote.add_argument("challenger", metavar="SCORES", help="scores of the new model: a stage or a folder")
+    promote.add_argument("--champion", required=True, metavar="SCORES", help="scores of the model to be replaced")
+    promote.add_argument("--target", required=True, metavar="BENCHMARK", help="the benchmark that has to rise")
+    promote.add_argument("--delta", type=float, default=0.02, metavar="SHARE", help="loss to risk elsewhere; 0.02")
+    promote.add_argument("--overrule", metavar="REASON", help="promote although the gate refuses; the reason is kept")
+    promote.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="a new folder for the decision")
+    back = steps.add_parser("rollback", help="give the place back to the champion before; moves the alias only")
+    back.add_argument("--reason", default="", metavar="TEXT", help="kept in the history")
+    steps.add_parser("show", help="versions, aliases and the history of the champion")
 
     verb("doctor", _doctor, "check this machine and say how to mend what is wrong")
     verb("env", _env, 'print the environment for other shells: eval "$(valr env)"')
@@ -228,6 +264,14 @@ def _part(text: str) -> tuple[int, int]:
 
 
 def _run(options: argparse.Namespace) -> int:
+    if options.job:
+        if options.set or options.force or options.part:
+            options.wrong_usage("--job takes everything from its request; leave out --set, --force and --part")
+        from valr_ops.release import pod
+
+        ended = pod.run_job(options.job, options.stage)
+        _last_line(stage=options.stage, job=options.job, digest=ended.digest, size=ended.size, files=ended.files)
+        return 0
     from valr_ops import runner
     from valr_ops.store.progress import reporting_to_dagster
 
@@ -283,13 +327,14 @@ def _stages(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from valr_ops.stages import STAGES, dvc_yaml
-    from valr_ops.store.artifacts import Ledger, project_root
+    from valr_ops.stages import STAGES, ablation_cells, ablation_yaml, dvc_yaml
+    from valr_ops.store.artifacts import CELLS_PIPELINE, Ledger, project_root
 
     root = project_root()
     if options.write:
         (root / "dvc.yaml").write_text(dvc_yaml(), encoding="utf-8")
-        print(f"dvc.yaml: {len(STAGES)} stages written")
+        (root / CELLS_PIPELINE).write_text(ablation_yaml(), encoding="utf-8")
+        print(f"dvc.yaml: {len(STAGES)} stages written; {CELLS_PIPELINE}: {len(ablation_cells())} cells")
         _last_line(stages=len(STAGES))
         return 0
     states = Ledger(root).states(row.name for row in STAGES)
@@ -312,6 +357,10 @@ def _plan(options: argparse.Namespace) -> int:
 
     overrides = _overrides(options)
     recipe = recipes.load(project_root(), overrides | ({"scale": options.scale} if options.scale else {}))
+    if options.stage:
+        return _price(recipe, options.stage, project_root())
+    if options.manifest:
+        return _manifest(recipe, options.manifest, project_root())
     rows = [row for row in recipes.ledger(recipe) if not options.assumptions or not row.origin.startswith("Paper:")]
     table = Table("field", "value", "at scale paper", "where it comes from", box=None, pad_edge=False)
     for row in rows:
@@ -329,6 +378,59 @@ def _plan(options: argparse.Namespace) -> int:
                 f"of 1,024 patches; {held:.3g} GiB a process, activations not counted"
             )
     _last_line(scale=recipe.scale, fingerprint=recipe.fingerprint, fields=len(rows))
+    return 0
+
+
+def _price(recipe: Any, stage: str, root: Path) -> int:
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    from valr_ops.recipe import price
+    from valr_ops.stages import ABLATION
+
+    console = Console()
+    if stage == ABLATION:
+        cells = price.cell_prices(recipe, root)
+        summed = Table(Column("cell", overflow="fold"), "hours", "GPU hours", "dollars", box=None, pad_edge=False)
+        for row in price.sum_rows(cells):
+            summed.add_row(*row)
+        console.print(summed)
+        gpu_hours, dollars = price.together(cells.values())
+        each = {cell: {"hours": one.total_hours, "dollars": one.dollars} for cell, one in cells.items()}
+        _last_line(stage=stage, cells=each, gpu_hours=gpu_hours, dollars=dollars)
+        return 0
+    priced = price.price(recipe, stage, root)
+    figures = Table(Column(stage, overflow="fold"), "of it", "least to most", box=None, pad_edge=False)
+    assumed = Table(Column("assumed", overflow="fold"), "value", "where it comes from", box=None, pad_edge=False)
+    section = ""
+    for named, part, figure in price.rows(priced):
+        figures.add_row("" if named == section else named, part, figure)
+        section = named
+    for assumption in priced.assumptions:
+        assumed.add_row(*assumption)
+    console.print(figures)
+    console.print()
+    console.print(assumed)
+    refused = price.refusal(recipe, priced, root)
+    for remark in (*priced.remarks, *([refused] if refused else [])):
+        print(f"\n{remark}")
+    _last_line(**priced.document(), refused=refused)
+    return 0
+
+
+def _manifest(recipe: Any, name: str, root: Path) -> int:
+    import yaml
+
+    from valr_ops.release import dispatch
+    from valr_ops.stages import stage
+
+    row = stage(name)
+    request = dispatch.request(row, recipe, root)
+    print(yaml.safe_dump_all(dispatch.manifest(row, recipe, request.url), sort_keys=False, width=1000), end="")
+    missing = [needed for needed, digest in request.inputs.items() if not digest]
+    if missing:
+        print(f"valr: the Job's name will be another one: {', '.join(missing)} not made yet", file=sys.stderr)
+    _last_line(stage=name, job=dispatch.job_name(name, request.url), location=request.url, missing=missing)
     return 0
 
 
@@ -479,6 +581,14 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
+    if options.lineage:
+        from valr_ops.store import tree
+        from valr_ops.store.artifacts import project_root
+
+        _last_line(**tree.show(tree.trace(project_root(), options.lineage)))
+        return 0
+    if not options.folders or options.out is None:
+        options.wrong_usage("give folders of scores and --out HTML, or --lineage STAGE")
     from valr_ops.evaluation import report
 
     said = report.write_page(options.folders, options.out, options.reference, options.allow_different)
@@ -496,6 +606,56 @@ def _recipe_of_project(options: argparse.Namespace) -> tuple[Any, Path]:
     return recipes.load(root, _overrides(options)), root
 
 
+def _release(options: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from valr_ops.store import lineage
+    from valr_ops.store.artifacts import project_root
+
+    root = project_root()
+    if options.step == "rollback":
+        moved = lineage.roll_back(root, options.reason)
+        print(f"champion is version {moved.version} again")
+        _last_line(**asdict(moved))
+        return 0
+    if options.step == "show":
+        known = lineage.registered(root)
+        named = {version: alias for alias, version in known.aliases.items()}
+        for version, digest in known.digests.items():
+            print(f"{version}  {known.stages[version]}  {digest}  {named.get(version, '')}".rstrip())
+        _last_line(
+            aliases=dict(known.aliases), versions=dict(known.digests), history=[asdict(one) for one in known.history]
+        )
+        return 0
+    return _promote(options, root)
+
+
+def _promote(options: argparse.Namespace, root: Path) -> int:
+    from valr_ops.recipe import recipes
+    from valr_ops.release import gate
+    from valr_ops.store import lineage
+    from valr_ops.store.artifacts import directory_digest, folder
+
+    champion, challenger = (
+        Path(given) if Path(given).is_dir() else folder(root, given) for given in (options.champion, options.challenger)
+    )
+    confidence = recipes.load(root).evaluation.confidence
+    decision = gate.decide(champion, challenger, options.target, confidence, options.delta)
+    if options.overrule is not None:
+        decision = gate.overrule(decision, options.overrule)
+    gate.require_champion(decision, lineage.registered(root).champion_digest)
+    options.out.mkdir(parents=True)
+    gate.write_decision(decision, options.out)
+    print(gate.markdown(decision))
+    scores = {challenger.name: directory_digest(challenger)}
+    version = lineage.register(root, decision.challenger.artifact, decision.challenger.digest, scores)
+    if decision.promotes:
+        how = "gate" if decision.passes else "overruled"
+        lineage.promote(root, version, how, decision.overruled, directory_digest(options.out))
+    _last_line(version=version, promotes=decision.promotes, reasons=decision.reasons, decision=str(options.out))
+    return 0 if decision.promotes else EXIT_REFUSED
+
+
 def _doctor(options: argparse.Namespace) -> int:
     from valr_ops import doctor
     from valr_ops.store.artifacts import project_root
@@ -508,8 +668,6 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _env(options: argparse.Namespace) -> int:
-    import shlex
-
     from valr_ops import workspace
     from valr_ops.store.artifacts import project_root
 
@@ -525,9 +683,12 @@ def _last_line(**values: Any) -> None:
 
 
 def _complain(message: str, options: argparse.Namespace) -> None:
+    # An error may quote an address with its password, or an endpoint that repeats the key it was sent.
+    from valr_ops.recipe.secrets import redacted
+
     if getattr(options, "debug", False):
-        traceback.print_exc()
-    print(f"valr: {message}", file=sys.stderr, flush=True)
+        print(redacted(traceback.format_exc()), file=sys.stderr)
+    print(redacted(f"valr: {message}"), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

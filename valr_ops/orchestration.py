@@ -14,11 +14,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from valr_ops import runner, workspace
+from valr_ops.recipe import price
 from valr_ops.recipe.recipe import RecipeError
-from valr_ops.stages import STAGES, stage, upstream
+from valr_ops.stages import ordered, stage, upstream
 from valr_ops.store import lineage
 from valr_ops.store.artifacts import ArtifactError, Ledger, project_root
 
@@ -46,6 +47,8 @@ class Result:
 def select(selection: Sequence[str]) -> tuple[str, ...]:
     """Names of the selected stages in the order of the table; ``+name`` selects everything `name` needs as well.
 
+    A cell is ``stage2_ablation@CELL``.
+
     Raises:
         UnknownStageError: no such stage.
     """
@@ -53,7 +56,7 @@ def select(selection: Sequence[str]) -> tuple[str, ...]:
     for word in ",".join(selection).split(","):
         name = word.strip().removeprefix("+")
         chosen |= {row.name for row in upstream([name])} if word.strip().startswith("+") else {stage(name).name}
-    return tuple(row.name for row in STAGES if row.name in chosen)
+    return tuple(row.name for row in ordered(chosen))
 
 
 def own_data(path: Path) -> dict[str, Any]:
@@ -87,8 +90,6 @@ def materialize(selection: Sequence[str], overrides: Mapping[str, Any]) -> Resul
 
 
 def _materialize(root: Path, selection: Sequence[str], overrides: Mapping[str, Any]) -> Result:
-    from valr_ops.store.progress import watch
-
     started = time.monotonic()
     names = tuple(name for name in select(selection) if name != "recipe")
     # Made here, because what is out of date follows from it; Dagster then finds it up to date and records it.
@@ -97,35 +98,63 @@ def _materialize(root: Path, selection: Sequence[str], overrides: Mapping[str, A
     if not waiting:
         return Result(names, (), time.monotonic() - started)
     _require_inputs(root, waiting, names)
-    status = root / ".valr" / "status"
+    _show_prices(root, [name for name in waiting if "@" in name])
     for name in waiting:
-        (status / f"{name}.json").unlink(missing_ok=True)
+        (root / ".valr" / "status" / f"{name}.json").unlink(missing_ok=True)
     logs = root / ".valr" / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     log = logs / "materialize.log"
     env = workspace.prepare(root) | {"VALR_SET": json.dumps(dict(overrides))}
     with log.open("wb") as stream:
-        # A session of its own: Ctrl-C reaches Dagster once, from here, and its stages get time to save.
-        dagster = subprocess.Popen(
-            workspace.materialize_command(waiting),
-            cwd=root,
-            env=env,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        try:
-            watch(waiting, status, is_running=lambda: dagster.poll() is None)
-        except BaseException:
-            _end(dagster)
-            raise
-    if dagster.returncode != 0:
-        raise MaterializeError(_why(root, waiting, log))
+        for batch in _batches(waiting):
+            if _run_dagster(root, batch, stream, env) != 0:
+                raise MaterializeError(_why(root, batch, log))
     ledger = Ledger(root)
     if ledger.has_remote():
         ledger.push(waiting)
     return Result(names, waiting, time.monotonic() - started)
+
+
+def _show_prices(root: Path, cells: Sequence[str]) -> None:
+    """What each of the chosen cells costs, and all of them; nothing where none was chosen."""
+    from rich.console import Console
+    from rich.table import Table
+
+    if not cells:
+        return
+    recipe = runner.read_recipe(root)
+    table = Table("stage", "hours", "GPU hours", "dollars", box=None, pad_edge=False)
+    for row in price.sum_rows({name: price.price(recipe, name, root) for name in cells}):
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _run_dagster(root: Path, names: Sequence[str], log: BinaryIO, env: Mapping[str, str]) -> int:
+    """Make the named stages in one run, shown while they are made; the exit status of Dagster."""
+    from valr_ops.store.progress import watch
+
+    # A session of its own: Ctrl-C reaches Dagster once, from here, and its stages get time to save.
+    dagster = subprocess.Popen(
+        workspace.materialize_command(names),
+        cwd=root,
+        env=env,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        watch(names, root / ".valr" / "status", is_running=lambda: dagster.poll() is None)
+    except BaseException:
+        _end(dagster)
+        raise
+    return dagster.returncode
+
+
+def _batches(names: Sequence[str]) -> list[tuple[str, ...]]:
+    """What Dagster makes in one run: all stages that are no cells, then one cell at a time."""
+    whole = tuple(name for name in names if "@" not in name)
+    return [batch for batch in (whole, *((name,) for name in names if "@" in name)) if batch]
 
 
 def _require_inputs(root: Path, waiting: Sequence[str], selected: Sequence[str]) -> None:

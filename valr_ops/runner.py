@@ -128,6 +128,8 @@ def _run(
     ledger = Ledger(root)
     states = ledger.states([*row.inputs, row.name])
     recipe = recipes.load(root, overrides) if row.name == "recipe" else _recipe_of_artifact(root, row)
+    # Before its inputs are asked for: a model that the recipe does not have will not come of making them.
+    _of_variant(recipe, row)
     for needed in row.inputs:
         _require(needed, row.name, states[needed])
     reasons = _reasons(root, row, recipe, states[row.name]) + (("it was forced",) if force else ())
@@ -143,13 +145,17 @@ def _reasons(root: Path, row: Stage, recipe: Recipe, state: State) -> tuple[str,
     if state.reasons:
         return state.reasons
     if state.edited:
-        return (f"artifacts/{row.name} was edited after it was made",)
+        return (f"{folder(root, row.name).relative_to(root)} was edited after it was made",)
     if not state.exists:
-        return (f"artifacts/{row.name} was deleted",)
+        return (f"{folder(root, row.name).relative_to(root)} was deleted",)
     if row.name == "recipe" and _resolved(root) != recipe:
         return ("params.yaml or an override gives other values",)
     changed = _changed_outside(root, row, recipe)
     return (changed,) if changed else ()
+
+
+def _of_variant(recipe: Recipe, row: Stage) -> Recipe:
+    return recipe.for_variant(row.variant) if row.variant else recipe
 
 
 def _changed_outside(root: Path, row: Stage, recipe: Recipe) -> str | None:
@@ -169,9 +175,15 @@ def refresh_recipe(root: Path, overrides: Mapping[str, Any]) -> bool:
 
 
 def out_of_date(root: Path, names: tuple[str, ...]) -> tuple[str, ...]:
-    """The named stages that are not hits, and those of them downstream of one, in the order of the table."""
-    states = Ledger(root).states(names)
+    """The named stages that are not hits, and those of them downstream of one, in the order of the table.
+
+    Raises:
+        RecipeError: one of them is a model that the recipe does not have.
+    """
     recipe = read_recipe(root)
+    for name in names:
+        _of_variant(recipe, stage(name))
+    states = Ledger(root).states(names)
     waiting: list[str] = []
     for name in names:
         row = stage(name)
@@ -211,7 +223,8 @@ def _make(
             code_digest=row.code_digest(root),
             output_digest=digest,
             input_digests=input_digests,
-            parameters=_parameters(recipe, row),
+            # The variant's own values: by the others' every cell of an ablation would look the same in charts.
+            parameters=_parameters(context.recipe, row),
             summary=report.summary,
             timings={**report.timings, "seconds": outcome.seconds},
             metrics_file=progress.metrics_file,
@@ -235,7 +248,7 @@ def _context(
     work.mkdir(parents=True, exist_ok=True)
     return StageContext(
         stage=row.name,
-        recipe=recipe.for_variant(row.variant) if row.variant else recipe,
+        recipe=_of_variant(recipe, row),
         inputs={needed: folder(root, needed) for needed in row.inputs},
         out=out,
         work=work,
@@ -370,12 +383,16 @@ def _tags(recipe: Recipe, row: Stage) -> dict[str, str]:
             "alignment.block": str(recipe.alignment.block),
             "latents.slots": str(recipe.latents.slots),
         }
+    if row.cell:
+        # The table or figure of the paper, whose cells belong into one chart.
+        tags["ablation.group"] = row.cell.partition("_")[0]
     return tags
 
 
 def _git_commit(root: Path) -> str:
     answer = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
-    return answer.stdout.strip() if answer.returncode == 0 else "none"
+    # An image has no history, but says what it was built from.
+    return answer.stdout.strip() if answer.returncode == 0 else os.environ.get("VALR_REVISION") or "none"
 
 
 def _sentence(error: BaseException) -> str:

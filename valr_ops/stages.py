@@ -3,6 +3,8 @@
 A stage is a function from artifacts to one artifact. Its row says which artifacts it reads, which parts of the recipe
 it depends on, what it needs to run on, and where its function is. Importing this module imports nothing heavy; the
 function's module is imported only by the process that does the work.
+The other trained models of the paper's tables are one stage by cell, ``stage2_ablation@CELL``. They have a dvc.yaml of
+their own, so that ``dvc repro`` trains none of them unasked.
 """
 
 from __future__ import annotations
@@ -12,8 +14,8 @@ import difflib
 import functools
 import hashlib
 import importlib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,6 +47,8 @@ class Stage:
     """What the stage wants at scales small and paper; at scale tiny everything runs on the CPU."""
     variant: str | None = None
     """Name in ``recipe.variants`` that the stage trains or scores."""
+    cell: str | None = None
+    """For a stage that is made by cell: which one it is; also the last folder of its artifact."""
     external_inputs: str | None = None
     """Dotted function ``(recipe, artifact folder) -> str | None`` that says what changed outside of the project."""
     splits: bool = False
@@ -145,7 +149,8 @@ def _stage2(variant: str, label: str, teachers: tuple[str, ...]) -> Stage:
     return Stage(
         name=f"stage2_{variant}",
         group="training",
-        summary=f"{label}: stage 1 continued with latent segments aligned to {', '.join(teachers)}.",
+        summary=f"{label}: stage 1 continued with latent segments "
+        + (f"aligned to {', '.join(teachers)}." if teachers else "that are aligned to nothing."),
         function="valr_ops.training.loop:build_stage2",
         inputs=(
             "cot_corpus",
@@ -351,6 +356,31 @@ STAGES: tuple[Stage, ...] = (
 
 _BY_NAME = {stage.name: stage for stage in STAGES}
 
+ABLATION = "stage2_ablation"
+"""The stage that is made by cell, and the Dagster asset whose partitions they are."""
+
+
+@functools.cache
+def ablation_cells() -> Mapping[str, Stage]:
+    """The trained models of the paper's tables that are no stage of their own, by cell.
+
+    Paper: tables 3 to 6, 9, 11, 12 and figure 3. A cell that only takes fewer records into stage 1 has no stage 2.
+    """
+    # The recipe's types take 0.2 s to import, and most verbs need no cell.
+    from valr_ops.recipe import recipes
+
+    paper = recipes.paper()
+    rows = {}
+    for cell, variant in paper.variants.items():
+        if f"stage2_{cell}" in _BY_NAME:
+            continue
+        row = _stage2(cell, cell, paper.for_variant(cell).alignment.teachers)
+        if variant.stage1_records is not None:
+            sft = _BY_NAME["stage1_sft"]
+            row = replace(sft, summary=f"{cell}: {sft.summary}", parameters=(*sft.parameters, f"variants.{cell}"))
+        rows[cell] = replace(row, name=f"{ABLATION}@{cell}", variant=cell, cell=cell)
+    return rows
+
 
 class UnknownStageError(KeyError):
     """No stage has that name; the message lists the names."""
@@ -360,7 +390,16 @@ class UnknownStageError(KeyError):
 
 
 def stage(name: str) -> Stage:
-    """The row called `name`. Raises `UnknownStageError`."""
+    """The row called `name`; a cell's is ``stage2_ablation@CELL``. Raises `UnknownStageError`."""
+    group, _, cell = name.partition("@")
+    if group == ABLATION:
+        cells = ablation_cells()
+        if cell not in cells:
+            close = difflib.get_close_matches(cell, cells, n=1)
+            hint = f"did you mean {ABLATION}@{close[0]}?" if close else f"cells: {', '.join(cells)}"
+            said = f"has no cell {cell!r}" if cell else f"is made by cell, as {ABLATION}@CELL"
+            raise UnknownStageError(f"{ABLATION} {said}; {hint}")
+        return cells[cell]
     if name not in _BY_NAME:
         close = difflib.get_close_matches(name, _BY_NAME, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"stages: {', '.join(_BY_NAME)}"
@@ -380,13 +419,18 @@ def upstream(names: Iterable[str]) -> tuple[Stage, ...]:
 
     for name in names:
         visit(name)
-    return tuple(row for row in STAGES if row.name in wanted)
+    return ordered(wanted)
+
+
+def ordered(names: Iterable[str]) -> tuple[Stage, ...]:
+    """The rows called `names` in the order of the table, cells behind by name."""
+    wanted = set(names)
+    cells = ablation_cells().values() if any("@" in name for name in wanted) else ()
+    return tuple(row for row in (*STAGES, *cells) if row.name in wanted)
 
 
 def dvc_yaml() -> str:
     """The text of dvc.yaml, generated from the table; ``valr stages --write`` writes it and a test compares them."""
-    import yaml
-
     rows: dict[str, dict[str, Any]] = {}
     for row in STAGES:
         inputs = [f"artifacts/{name}" for name in row.inputs] if row.name != "recipe" else ["params.yaml"]
@@ -400,5 +444,51 @@ def dvc_yaml() -> str:
             **({"params": [{RECIPE_FILE: list(row.parameters)}]} if row.parameters else {}),
             "outs": [f"artifacts/{row.name}"],
         }
-    text = yaml.safe_dump({"stages": rows}, sort_keys=False, allow_unicode=True, width=1000)
+    return _yaml_text(rows)
+
+
+def ablation_yaml() -> str:
+    """The text of ablation/dvc.yaml: one template for all cells, because DVC takes half a millisecond to read a line.
+
+    DVC's templates have no lists of varying length. Where a cell has fewer inputs or fields than others, the free
+    places name what is there already: the packages' own files, which are empty, and parts of the cell's variant.
+    """
+    cells = ablation_cells()
+    inputs, own_inputs = _in_common({cell: row.inputs for cell, row in cells.items()})
+    fields, own_fields = _in_common({cell: row.parameters for cell, row in cells.items()})
+    files = [f"valr_ops/{folder}/__init__.py" for folder in ("training", "model", "teachers", "data", "store")]
+    parts = ("teachers", "weight", "block", "slots", "records")
+    most_inputs, most_fields = (max(map(len, own.values())) for own in (own_inputs, own_fields))
+    each = {
+        cell: {
+            "inputs": [*(f"artifacts/{name}" for name in own_inputs[cell]), *files][:most_inputs],
+            "fields": [*own_fields[cell], *(f"variants.{cell}.{part}" for part in parts)][:most_fields],
+        }
+        for cell in cells
+    }
+    template = {
+        "desc": "A trained model of the paper's tables that is no stage of its own.",
+        "cmd": f"python -m valr_ops run {ABLATION}@${{key}}",
+        "wdir": "..",
+        "deps": [
+            *(f"artifacts/{name}" for name in inputs),
+            *(f"${{item.inputs[{place}]}}" for place in range(most_inputs)),
+            *next(iter(cells.values())).code,
+        ],
+        "params": [{RECIPE_FILE: [*fields, *(f"${{item.fields[{place}]}}" for place in range(most_fields))]}],
+        "outs": [f"artifacts/{ABLATION}/${{key}}"],
+    }
+    return _yaml_text({ABLATION: {"foreach": each, "do": template}})
+
+
+def _in_common(lists: Mapping[str, tuple[str, ...]]) -> tuple[list[str], dict[str, list[str]]]:
+    """What all of the lists have, and what each of them has beside that."""
+    shared = [one for one in next(iter(lists.values())) if all(one in values for values in lists.values())]
+    return shared, {name: [one for one in values if one not in shared] for name, values in lists.items()}
+
+
+def _yaml_text(stages: Mapping[str, Any]) -> str:
+    import yaml
+
+    text = yaml.safe_dump({"stages": dict(stages)}, sort_keys=False, allow_unicode=True, width=1000)
     return f"# Generated from valr_ops/stages.py by `valr stages --write`. Do not edit.\n{text}"

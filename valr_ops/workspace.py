@@ -54,9 +54,11 @@ def prepare(root: Path) -> dict[str, str]:
 
 
 def materialize_command(names: Sequence[str]) -> list[str]:
-    """The Dagster command that materializes the named assets."""
-    select = " or ".join(f"key:{name}" for name in names)
-    return [sys.executable, "-m", "dagster", "asset", "materialize", "-m", "pipelines.definitions", "--select", select]
+    """The Dagster command that materializes the named assets, or one cell of a partitioned one (``asset@cell``)."""
+    select = " or ".join(f"key:{name.partition('@')[0]}" for name in names)
+    cells = [name.partition("@")[2] for name in names if "@" in name]
+    words = ["dagster", "asset", "materialize", "-m", "pipelines.definitions", "--select", select]
+    return [sys.executable, "-m", *words, *(word for cell in cells for word in ("--partition", cell))]
 
 
 def serve_pages(root: Path, dagster_port: int = DAGSTER_PORT, mlflow_port: int = MLFLOW_PORT) -> None:

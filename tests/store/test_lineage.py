@@ -26,9 +26,22 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from valr_ops import runner
+from valr_ops.recipe import recipes
 from valr_ops.recipe.recipe import Recipe
+from valr_ops.stages import stage
 from valr_ops.store import lineage
-from valr_ops.store.lineage import RunRecord, courier, deliver, record, recorded_url, spool, steps
+from valr_ops.store.lineage import (
+    LineageError,
+    RunRecord,
+    courier,
+    deliver,
+    find_runs,
+    record,
+    recorded_url,
+    spool,
+    steps,
+)
 
 DELIVER = (
     "import sys; from pathlib import Path; from valr_ops.store.lineage import deliver; "
@@ -332,6 +345,64 @@ def _fields_of_type(kind: Any, name: str) -> Iterator[str]:
             yield from _fields_of_type(option, name)
     else:
         yield name
+
+
+def test_cells_of_an_ablation_are_flat_runs_with_their_own_values_and_tags_to_group_them_by(root: Path):
+    import mlflow
+
+    recipe = recipes.paper()
+    for cell in ("table6_block4", "table11_w0_25", "table12_k9"):
+        row, own = stage(f"stage2_ablation@{cell}"), recipe.for_variant(cell)
+        tags, parameters = runner._tags(own, row), runner._parameters(own, row)
+        record(root, a_run(root, stage=row.name, tags=tags, parameters=parameters))
+    client = mlflow.MlflowClient(tracking_uri=lineage.tracking_uri(root))
+    experiment = client.get_experiment_by_name("valr_ops").experiment_id
+    found = client.search_runs([experiment], "tags.`dagster.asset_key` = 'stage2_ablation'")
+    assert not any("mlflow.parentRunId" in run.data.tags for run in found)
+    seen = {
+        run.data.tags["ablation.group"]: [
+            run.data.tags[name] for name in ("teachers", "alignment.block", "alignment.weight", "latents.slots")
+        ]
+        for run in found
+    }
+    assert seen == {
+        "table6": ["dinov3", "4", "0.5", "16"],
+        "table11": ["dinov3", "12", "0.25", "16"],
+        "table12": ["dinov3", "12", "0.5", "9"],
+    }
+    for run in found:
+        assert [run.data.params[name] for name in ("alignment.block", "alignment.weight", "latents.slots")] == [
+            run.data.tags[name] for name in ("alignment.block", "alignment.weight", "latents.slots")
+        ], "a chart over parameters shows the same"
+
+
+def test_what_made_an_artifact_and_what_was_made_from_it_are_found_again(root: Path):
+    corpus = f"{time.time_ns():032x}.dir"
+    run = a_run(root, command="valr materialize +report --set seed=3", person="alice", dagster_run_id="d")
+    inputs = {"stage2_valr_m": run.output_digest, "sources": corpus}
+    later = a_run(root, stage="scores_valr_m", input_digests=inputs, datasets=("sources",))
+    assert record(root, run) is not None and record(root, later) is not None
+    (found,) = find_runs(root, "output.digest", [run.output_digest])[run.output_digest]
+    assert (found.stage, found.command, found.person) == (run.stage, run.command, "alice")
+    assert (found.input_digests, found.git_commit, found.code_digest) == (
+        run.input_digests,
+        run.git_commit,
+        run.code_digest,
+    )
+    assert found.url == recorded_url(root, run.stage, run.output_digest) and found.parameters["seed"] == "3"
+    (next_one,) = find_runs(root, "input.stage2_valr_m", [run.output_digest])[run.output_digest]
+    assert (next_one.stage, next_one.output_digest) == ("scores_valr_m", later.output_digest)
+    assert find_runs(root, "output.digest", ["unknown"]) == {"unknown": []}
+
+
+def test_a_server_that_is_away_is_said_by_whoever_asks_it_and_an_empty_project_asks_none(
+    tmp_path: Path, closed_port: int, monkeypatch: pytest.MonkeyPatch
+):
+    assert find_runs(tmp_path, "stage", ["sources"]) == {} and not (tmp_path / ".valr").exists()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:hunter2@127.0.0.1:{closed_port}")
+    with pytest.raises(LineageError, match=f"http://127.0.0.1:{closed_port} can't be asked") as refused:
+        find_runs(tmp_path, "stage", ["sources"])
+    assert "hunter2" not in str(refused.value)
 
 
 def test_links_go_to_the_team_server_without_its_password(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

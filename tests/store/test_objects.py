@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from boto3.exceptions import S3UploadFailedError
 from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError
 
 from valr_ops.store.objects import (
@@ -18,10 +19,13 @@ from valr_ops.store.objects import (
     MissingError,
     S3Files,
     StorageError,
+    TakenError,
     TooLargeError,
+    UnreachableError,
     checked,
     is_remote,
     open_files,
+    patiently,
 )
 
 
@@ -121,6 +125,21 @@ class Client:
         body = Body(rest, self.breaks.pop(0) if self.breaks else None)
         return {"Body": body, "ContentLength": len(rest), "ETag": tag}
 
+    def put_object(self, Bucket: str, Key: str, Body: bytes, ChecksumAlgorithm: str, **options: Any) -> None:
+        assert ChecksumAlgorithm == "SHA256"
+        if self.error is not None:
+            raise self.error
+        if options.get("IfNoneMatch") == "*" and Key in self.objects:
+            raise client_error("PreconditionFailed", 412)
+        self.objects[Key] = Body
+
+    def upload_file(self, Filename: str, Bucket: str, Key: str, ExtraArgs: dict[str, str], Config: Any) -> None:
+        try:
+            self.put_object(Bucket, Key, Path(Filename).read_bytes(), **ExtraArgs)
+        except ClientError as error:
+            # As boto3 does.
+            raise S3UploadFailedError(f"failed: {error}")  # noqa: B904
+
     def get_paginator(self, _: str) -> Any:
         client = self
 
@@ -136,8 +155,8 @@ class Client:
         return Pages()
 
 
-def client_error(code: str) -> ClientError:
-    return ClientError({"Error": {"Code": code}}, "GetObject")
+def client_error(code: str, status: int = 400) -> ClientError:
+    return ClientError({"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}, "GetObject")
 
 
 DATA = bytes(range(256)) * 20_000
@@ -215,6 +234,64 @@ def test_what_the_store_refuses_is_said_with_the_way_to_mend_it(
     client.error = error
     for call in (files.names, lambda: files.read("a.png", 10), lambda: files.open("a.png")):
         with pytest.raises(StorageError, match=message):
+            call()
+
+
+def test_an_object_is_written_once_or_again_as_asked(store: tuple[S3Files, Client], tmp_path: Path) -> None:
+    files, client = store
+    files.put("new.json", b"mine", only_new=True)
+    with pytest.raises(TakenError, match=r"set/new\.json was written by another writer first, and stays as it is"):
+        files.put("new.json", b"yours", only_new=True)
+    assert files.read("new.json", 10) == b"mine"
+    (tmp_path / "file").write_bytes(DATA)
+    files.upload("new.json", tmp_path / "file")
+    assert client.objects["set/new.json"] == DATA and files.size("new.json") == len(DATA)
+    assert files.size("nothing") is None
+    for write in (lambda: files.put("../x", b""), lambda: files.upload("../x", tmp_path / "file")):
+        with pytest.raises(EscapeError):
+            write()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(client_error("InternalError", 500), client_error("ServiceUnavailable", 503), client_error("SlowDown", 503)),
+        *(client_error("BadDigest"), client_error("XAmzContentSHA256Mismatch")),
+        EndpointConnectionError(endpoint_url="http://127.0.0.1:1"),
+    ],
+)
+def test_what_may_pass_is_waited_for_and_said_in_the_end(
+    store: tuple[S3Files, Client], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    files, client = store
+    client.error = error
+    pauses: list[float] = []
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 3:
+            client.error = None
+
+    monkeypatch.setattr("tenacity.nap.time.sleep", pause)
+    (tmp_path / "file").write_bytes(b"x")
+    patiently(files.upload, "file", tmp_path / "file")
+    assert client.objects["set/file"] == b"x" and len(pauses) == 3 and pauses[0] < pauses[2]
+    client.error = error
+    with pytest.raises(UnreachableError) as said:
+        patiently(files.put, "file", b"x")
+    assert said.value.exit_status == 1, "a retry may mend it"
+    assert sum(pauses[3:]) > 120
+
+
+def test_what_waiting_does_not_mend_is_not_waited_for(
+    store: tuple[S3Files, Client], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, client = store
+    client.error = client_error("AccessDenied", 403)
+    monkeypatch.setattr("tenacity.nap.time.sleep", pytest.fail)
+    (tmp_path / "file").touch()
+    for call in (lambda: patiently(files.put, "x", b""), lambda: patiently(files.upload, "x", tmp_path / "file")):
+        with pytest.raises(StorageError, match=r"access denied.*AWS_SECRET_ACCESS_KEY"):
             call()
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from valr_ops.recipe.recipe import Recipe, TinyModelRecipe, TrainingRecipe
+from valr_ops.recipe.recipe import Recipe, TeacherRecipe, TinyModelRecipe, TrainingRecipe
 
 MERGE = 2
 """Patches on each side of the square that becomes one decoder position."""
@@ -80,6 +80,25 @@ class Shape:
         merger = self._merger_weights + self._merged_width + self.hidden + self.vision_hidden
         return self._patch_weights + self.vision_layers * (self._vision_layer_weights + biases + norms) + merger
 
+    @property
+    def block_parameters(self) -> int:
+        """Matrices of all decoder blocks: what a single position reads from memory."""
+        return self.layers * self._decoder_layer_weights
+
+    @property
+    def cached_per_position(self) -> int:
+        """Numbers that a key/value cache holds of one position."""
+        return 2 * self.layers * self.key_value_width
+
+    def kept_for_backward(self, positions: int, checkpointed: bool) -> int:
+        """Numbers that the decoder keeps of `positions` until their backward pass.
+
+        Of a block: two norms, queries, attention and two sums as wide as the hidden state, keys and values, and four
+        of the MLP's width. Checkpointed blocks keep their input, and one block at a time is computed again.
+        """
+        inside = 6 * self.hidden + 2 * self.key_value_width + 4 * self.intermediate
+        return positions * (self.layers * self.hidden + inside if checkpointed else self.layers * inside)
+
     def decoder_flops(self, positions: int, labelled: int) -> int:
         """FLOPs of one forward pass over one row of `positions`, with logits at `labelled` of them."""
         linear = 2 * positions * self.layers * self._decoder_layer_weights
@@ -110,6 +129,59 @@ QWEN_7B = Shape(
     hidden=3584, layers=28, key_value_width=512, intermediate=18944, vocabulary=152064, tied=False, **_QWEN_VISION
 )
 _PUBLISHED = {"Qwen/Qwen2.5-VL-3B-Instruct": QWEN_3B, "Qwen/Qwen2.5-VL-7B-Instruct": QWEN_7B}
+
+
+_VIT_WIDTHS = {"tiny": (192, 12), "small": (384, 12), "base": (768, 12), "large": (1024, 24), "so400m": (1152, 27)}
+"""Width and blocks of timm's vision transformers, by the word in their names."""
+_PREFIX_TOKENS = 5
+"""Class and register tokens of DINOv2, DINOv3 and pi3; the encoders without them cost 2 % less."""
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """What a teacher costs, counted as `Shape` counts; an MLP is four times as wide as its block."""
+
+    parameters: int
+    patches: int
+    """Of one image."""
+    width: int
+    """Of a patch feature."""
+    flops: int
+    """FLOPs of one view, of `encoder`'s number of them seen together."""
+
+
+def encoder(teacher: TeacherRecipe, model: Shape, views: float) -> Encoder | None:
+    """What a teacher costs, or None where its class is none of those that the paper's teachers are of.
+
+    Args:
+        teacher: its recipe.
+        model: whose vision tower a teacher may be.
+        views: how many images pi3 sees together; global attention grows with them.
+    """
+    if teacher.architecture == "qwen2_5_vl":
+        patches = (teacher.image_pixels // model.vision_patch) ** 2
+        merged = patches // MERGE**2
+        return Encoder(model.vision_parameters, merged, model.hidden, model.vision_flops(patches))
+    named = re.match(r"vit_([a-z0-9]+)_patch(\d+)_", teacher.model)
+    if named is None or named[1] not in _VIT_WIDTHS:
+        return None
+    width, blocks = _VIT_WIDTHS[named[1]]
+    width, blocks = teacher.arguments.get("embed_dim", width), teacher.arguments.get("depth", blocks)
+    patches = (teacher.image_pixels // int(named[2])) ** 2
+    tokens = patches + _PREFIX_TOKENS
+    frame_blocks, global_blocks = blocks, 0
+    if teacher.architecture == "pi3":
+        global_blocks = teacher.arguments.get("decoder_depth", 36) // 2
+        frame_blocks += global_blocks
+    linear = (frame_blocks + global_blocks) * 24 * tokens * width**2
+    attention = 4 * tokens**2 * width * (frame_blocks + global_blocks * views)
+    return Encoder(
+        parameters=12 * width**2 * (frame_blocks + global_blocks),
+        patches=patches,
+        # The last two blocks of pi3 side by side.
+        width=2 * width if global_blocks else width,
+        flops=round(linear + attention),
+    )
 
 
 def shape(recipe: Recipe) -> Shape | None:
@@ -216,17 +288,41 @@ def peak_flops(device: str, precision: Literal["float32", "bfloat16"]) -> float 
     return None
 
 
-def training_bytes(model: Shape, training: TrainingRecipe, processes: int) -> int:
-    """Bytes a process holds between two steps: weights, gradients and AdamW's state; activations are not counted.
+def training_memory(model: Shape, training: TrainingRecipe, processes: int, projectors: int = 0) -> dict[str, int]:
+    """Bytes that a process holds between two steps, by what they are; activations are not counted.
 
-    AdamW keeps two float32 moments, and a float32 copy of the weights where they are bfloat16. ZeRO-2 (`deepspeed`)
-    splits gradients and state over the processes.
+    ZeRO-2 (`deepspeed`, and always where there are several processes) keeps the weights in the precision of the
+    products and splits gradients, AdamW's two float32 moments and a float32 copy of the weights over the processes.
+    Plain torch keeps float32 weights, of which a forward pass makes copies in bfloat16.
+
+    Args:
+        model: the shape of the model.
+        training: of the stage.
+        processes: GPUs that train together.
+        projectors: parameters of the projectors, trained beside the decoder.
     """
-    weight = 2 if training.precision == "bfloat16" else 4
-    gradient_and_state = weight + 8 + (4 if weight == 2 else 0)
-    shared = processes if training.engine == "deepspeed" else 1
-    weights = weight * (model.decoder_parameters + model.vision_parameters)
-    return weights + gradient_and_state * model.decoder_parameters // shared
+    element = 2 if training.precision == "bfloat16" else 4
+    trained = model.decoder_parameters + projectors
+    every = trained + model.vision_parameters
+    if training.engine == "deepspeed" or processes > 1:
+        return {
+            "weights": element * every,
+            "gradients": element * trained // processes,
+            "float32 copy of the weights": 4 * trained // processes,
+            "moments": 8 * trained // processes,
+        }
+    copies = {"bfloat16 copy of the weights": 2 * trained} if element == 2 else {}
+    return {"weights": 4 * every, **copies, "gradients": 4 * trained, "moments": 8 * trained}
+
+
+def training_bytes(model: Shape, training: TrainingRecipe, processes: int) -> int:
+    """The sum of `training_memory`, without projectors."""
+    return sum(training_memory(model, training, processes).values())
+
+
+def projector_parameters(model: Shape, feature_width: int, width: int) -> int:
+    """Parameters of one projector: three linear layers from the decoder's width to the teacher's."""
+    return (model.hidden + 1) * width + (width + 1) * width + (width + 1) * feature_width
 
 
 @dataclass(frozen=True)

@@ -500,6 +500,124 @@ class RuntimeRecipe(_Values):
     """Paper silent; stored features of one teacher larger than this are computed online."""
 
 
+Label = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$")]
+"""A name in Kubernetes: lower case letters, digits and - inside."""
+
+Quantity = Annotated[str, Field(pattern=r"^[1-9][0-9]*(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$")]
+"""An amount in Kubernetes' notation, such as 500m or 64Gi."""
+
+
+class ClusterRecipe(_Values):
+    """Where stages run. No stage's parameters list this section, for no result depends on it."""
+
+    dispatch: Literal["local", "kubernetes"] = "local"
+    """Paper silent; with kubernetes every stage that wants a GPU is a Job, the others run where Dagster does."""
+    namespace: Label = "valr"
+    """Paper silent; the namespace whose Jobs and Pods the orchestrator may make and read."""
+    image: str = "valr-ops:0.1.0"
+    """Paper silent; image of the Pods, with a tag other than latest, better with its digest (@sha256:...)."""
+    bucket: str = Field(default="s3://valr", pattern=r"^s3://[^/]+")
+    """Paper silent; s3://bucket/prefix of jobs and artifacts: the URL of the DVC remote."""
+    secrets: tuple[Label, ...] = ()
+    """Paper silent; Secrets whose keys become the Pods' environment: keys of the bucket, address of MLflow."""
+    service_account: Label | None = None
+    """Paper silent; account of the Pods, where the cloud gives it access to the bucket; they get no API token."""
+    queue: Label | None = None
+    """Paper silent; Kueue's LocalQueue; Jobs are made suspended and Kueue starts them. Null starts them at once."""
+    priority_class: Label | None = None
+    """Paper silent; which Pods make room for which, null for the cluster's default."""
+    nodes: PositiveInt = 1
+    """Paper: table 7, one node; training divides runtime.processes among them, one GPU a process."""
+    cpu: Quantity = "2"
+    """Paper silent; cores of a Pod."""
+    memory: Quantity = "8Gi"
+    """Paper silent; memory of a Pod, what is in /dev/shm included."""
+    shared_memory: Quantity = "1Gi"
+    """Paper silent; size of /dev/shm: NCCL and loader processes need more than the usual 64 MB."""
+    scratch: Quantity = "20Gi"
+    """Paper silent; node-local disk for inputs, checkpoints and the artifact being made."""
+    grace_seconds: PositiveInt = 120
+    """Paper silent; from SIGTERM to SIGKILL: more than finishing an update and writing a checkpoint takes."""
+    deadline_hours: PositiveFloat = 72.0
+    """Paper silent; a Job that runs longer is stopped, and goes on from its checkpoint when it is run again."""
+    wait_hours: PositiveFloat = 24.0
+    """Paper silent; how long a run waits for its place in the queue or for a node with free GPUs."""
+    keep_hours: PositiveFloat = 168.0
+    """Paper silent; how long a Job that has ended stays in the cluster: longer than the orchestrator may be down."""
+
+    @model_validator(mode="after")
+    def _image_is_fixed(self) -> ClusterRecipe:
+        name = self.image.rpartition("/")[2]
+        fixed = re.fullmatch(r"[^:@\s]+(:[\w.-]+)?@sha256:[0-9a-f]{64}|[^:@\s]+:[\w.-]+", name)
+        if fixed is None or name.endswith(":latest"):
+            raise ValueError(
+                f"image={self.image} may be another one tomorrow; name it with a tag other than latest, or with its "
+                "digest: registry/valr-ops@sha256:..."
+            )
+        return self
+
+
+def _from_low_to_high(span: tuple[float, float]) -> tuple[float, float]:
+    if span[0] > span[1]:
+        raise ValueError(f"begins at {span[0]:g}, which is more than its end {span[1]:g}; write the smaller one first")
+    return span
+
+
+Span = Annotated[tuple[PositiveFloat, PositiveFloat], AfterValidator(_from_low_to_high)]
+"""The least and the most that a number may be."""
+
+
+class PriceRecipe(_Values):
+    """What a price before dispatch is computed from, and above what nothing is dispatched. No result depends on it."""
+
+    max_dollars: PositiveFloat = 5000.0
+    """Paper silent; a stage whose price may be higher is not dispatched."""
+    max_hours: PositiveFloat = 168.0
+    """Paper silent; a stage that may take longer is not dispatched; we choose a week."""
+    gpu: str = "NVIDIA A100-SXM4-80GB"
+    """Paper: table 7, A100; silent on which. Its peak is the data sheet's."""
+    gpu_bytes: PositiveFloat = 84e9
+    """Paper silent; memory of that GPU which the driver leaves to a process, of 80 GiB."""
+    gpu_bytes_per_second: PositiveFloat = 2.0e12
+    """Paper silent; its memory bandwidth by the data sheet."""
+    dollars_per_gpu_hour: Span = (1.8, 4.1)
+    """Paper silent; what clouds ask for an A100 by the hour, up to 32.77 for eight (p4d.24xlarge); set what you pay."""
+    utilisation: Span = (0.25, 0.5)
+    """Paper silent; computed FLOPs, activations computed again included, over the dense peak. We measured 0.26 with
+    micro-batches of two records on an H200 (perf: gpu_stage1_utilisation) and take one half as the best."""
+    bandwidth_utilisation: Span = (0.3, 0.6)
+    """Paper silent; bytes of weights over bandwidth where positions are computed one by one. We measured 0.31 on an
+    H200 (perf: gpu_latent_step), and 0.6 is the goal."""
+    cpu_flops_per_second: PositiveFloat = 8e10
+    """Paper silent; what a core multiplies in float32 at most, in place of a GPU's peak. At scale tiny stage 1 reached
+    0.36 of it and stage 2, whose slots come one by one, 0.15."""
+    disk_bytes_per_second: Span = (5e8, 2e9)
+    """Paper silent; one process writing a checkpoint or reading inputs on a node's disk."""
+    network_bytes_per_second: Span = (2.5e8, 1.25e9)
+    """Paper silent; one Pod to or from the object store, between 2 and 10 Gbit/s."""
+    notice_seconds: PositiveFloat = 120.0
+    """Paper silent; from the notice of a preemption to its end; clouds give 30 to 120 s."""
+    full_feedback_hops: PositiveInt = 12
+    """Paper silent; hops after which latents.feedback_gradient=full with two_pass may stop, because one more changes
+    less than bfloat16 holds; between 8 and 16 with random weights (perf: gradient_error_hops*). At most all slots."""
+    images_per_record: PositiveFloat = 4.0
+    """Paper silent; before there is a corpus: one or two images for 295 thousand records, about eight views for 155."""
+    image_pixels: PositiveInt = 640 * 480
+    """Paper silent; before there is a corpus: of an image, the size of COCO's, GQA's and ScanNet's."""
+    image_bytes: PositiveFloat = 1e5
+    """Paper silent; of a JPEG of that size."""
+    text_tokens: PositiveInt = 400
+    """Paper silent; before there is a corpus: question, steps and answer of a record."""
+    supervised_share: Fraction = 0.75
+    """Paper silent; of the text that is steps and answer, on which the model is trained."""
+    segments_per_record: PositiveFloat = 3.0
+    """Paper silent; before there is a corpus: (125 x 3 + 155 x 4 + 170 x 1) / 450, rounded up."""
+    most_segments: PositiveInt = 10
+    """Paper silent; before there is a corpus: the longest chains of Zebra-CoT."""
+    answer_tokens: PositiveInt = 300
+    """Paper silent; among the lengths of figure 2; an answer of evaluation.max_new_tokens tokens is the most."""
+
+
 class Variant(_Values):
     """What one model of the paper's tables changes; empty fields keep the recipe's value."""
 
@@ -542,6 +660,10 @@ class Recipe(_Values):
     """Paper: section 4."""
     runtime: RuntimeRecipe = RuntimeRecipe()
     """Paper: table 7."""
+    cluster: ClusterRecipe = ClusterRecipe()
+    """Paper silent; where stages run, which no result depends on."""
+    price: PriceRecipe = PriceRecipe()
+    """Paper silent; what a stage may cost, and what is assumed to say so before it runs."""
     variants: Table[Variant] = {}
     """Paper: tables 3 to 6, 9, 11, 12 and figure 3, one entry a trained model."""
 
@@ -554,6 +676,11 @@ class Recipe(_Values):
             if self.base.from_scratch:
                 # Elsewhere for_variant refuses it: another base model makes only the variants that name a block wrong.
                 self._check_block(f"variants.{name}.block", variant.block or 0)
+        if self.runtime.processes % self.cluster.nodes:
+            raise ValueError(
+                f"runtime.processes={self.runtime.processes} don't divide among cluster.nodes={self.cluster.nodes}; "
+                "set runtime.processes to the number of GPUs of all nodes together"
+            )
         fed = self.latents.fed_slots
         if self.alignment.upsample != "linear_1d" and math.isqrt(fed) ** 2 != fed:
             raise ValueError(

@@ -22,9 +22,11 @@ from valr_ops.recipe.recipe import (
     AlignmentRecipe,
     BaseModelRecipe,
     BenchmarkRecipe,
+    ClusterRecipe,
     DataRecipe,
     EvaluationRecipe,
     LatentRecipe,
+    PriceRecipe,
     Recipe,
     RecipeError,
     RuntimeRecipe,
@@ -36,6 +38,7 @@ from valr_ops.recipe.recipe import (
     assumptions,
     override,
 )
+from valr_ops.recipe.secrets import secret_fields
 
 PARAMS_FILE = "params.yaml"
 
@@ -80,6 +83,10 @@ def tiny() -> Recipe:
             frames=4,
             benchmarks={name: BenchmarkRecipe() for name in _BENCHMARKS},
         ),
+        # What the generator draws.
+        price=PriceRecipe(
+            images_per_record=2.6, image_pixels=64 * 64, image_bytes=500, text_tokens=80, most_segments=4
+        ),
         variants=_named_models(),
     )
 
@@ -104,6 +111,7 @@ def small() -> Recipe:
         stage2=training.model_copy(update={"learning_rate": 2e-6}),
         evaluation=EvaluationRecipe(batch_size=32, max_new_tokens=2048, benchmarks=_public_benchmarks()),
         runtime=RuntimeRecipe(device="cuda"),
+        cluster=ClusterRecipe(cpu="8", memory="64Gi", shared_memory="8Gi", scratch="200Gi", grace_seconds=300),
         variants=_named_models() | _table_cells(front_block=5, last_block=35),
     )
 
@@ -125,6 +133,7 @@ def paper() -> Recipe:
         stage2=training.model_copy(update={"learning_rate": 2e-6}),
         evaluation=EvaluationRecipe(batch_size=32, max_new_tokens=2048, benchmarks=_public_benchmarks()),
         runtime=RuntimeRecipe(device="cuda", processes=4),
+        cluster=ClusterRecipe(cpu="32", memory="400Gi", shared_memory="32Gi", scratch="1000Gi", grace_seconds=600),
         variants=_named_models() | _table_cells(front_block=4, last_block=27),
     )
 
@@ -307,10 +316,12 @@ def load(root: Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
 
     Raises:
         RecipeError: the file is missing or no YAML mapping, or a field is unknown or refuses its value; the message
-            begins with params.yaml or --set, whichever is to be mended.
+            begins with params.yaml or --set, whichever is to be mended. So it is where a value is a secret.
     """
     written = _read_params(root / PARAMS_FILE)
     given = dict(overrides or {})
+    _refuse_secrets(written, PARAMS_FILE)
+    _refuse_secrets(given, "--set")
     in_file, on_command_line = written.pop("scale", None), given.pop("scale", None)
     with_scale = on_command_line if on_command_line is not None else in_file
     if with_scale is None:
@@ -321,6 +332,15 @@ def load(root: Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
         recipe = override(recipe, written)
     with _named("--set"):
         return override(recipe, given)
+
+
+def _refuse_secrets(values: Mapping[str, Any], place: str) -> None:
+    for field in secret_fields(values):
+        raise RecipeError(
+            f"{place}: {field} holds what looks like a secret (a key, a token, an address with a password). A recipe "
+            "is copied into artifacts, logs and the tracking server: take it out there, and give the secret as an "
+            "environment variable, such as AWS_SECRET_ACCESS_KEY or VALR_MATCHING_API_KEY"
+        )
 
 
 def parse_set(assignments: Iterable[str]) -> dict[str, Any]:

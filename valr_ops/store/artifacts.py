@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from dvc.repo.stage import StageLoad
     from dvc.stage import Stage
 
+CELLS_PIPELINE = "ablation/dvc.yaml"
+"""The DVC pipeline, relative to the project root, of stages that are made by cell; dvc.yaml has all others."""
+
 _FLUSHING_THREADS = 8
 
 
@@ -103,8 +106,8 @@ def project_root(start: Path | None = None) -> Path:
 
 
 def folder(root: Path, stage: str) -> Path:
-    """Where the artifact of `stage` is, or will be."""
-    return root / "artifacts" / stage
+    """Where the artifact of `stage` is, or will be; that of ``stage@cell`` below the other cells' folder."""
+    return root.joinpath("artifacts", *stage.split("@"))
 
 
 def model_folder(path_or_stage: str) -> Path:
@@ -228,18 +231,18 @@ class Ledger:
     def states(self, stages: Iterable[str]) -> dict[str, State]:
         """The state of each named stage, from DVC's own comparison of dvc.lock with the files."""
         names = list(stages)
-        status = self.repo.status(targets=names)
-        recorded = self._lock()
-        return {name: self._state(name, status.get(name, []), recorded.get(name)) for name in names}
+        status = self.repo.status(targets=[_target(name) for name in names])
+        recorded = self.recorded()
+        return {name: self._state(name, status.get(_target(name), []), recorded.get(name)) for name in names}
 
     def digest(self, stage: str) -> str | None:
         """The recorded digest of the stage's artifact."""
-        outs = self._lock().get(stage, {}).get("outs", [])
+        outs = self.recorded().get(stage, {}).get("outs", [])
         return outs[0].get("md5") if outs else None
 
     def commit(self, stage: str) -> str:
         """Record the artifact as it stands on disk, with its inputs, code and parameters; return its digest."""
-        self.repo.commit(target=stage, force=True)
+        self.repo.commit(target=_target(stage), force=True)
         digest = self.digest(stage)
         if digest is None:
             raise ArtifactError(
@@ -253,7 +256,7 @@ class Ledger:
 
         try:
             with self.repo.lock:
-                self.repo.stage_cache.restore(self.repo.stage.get_target(stage))
+                self.repo.stage_cache.restore(self.repo.stage.get_target(_target(stage)))
         except RunCacheNotFoundError:
             return False
         if not (folder(self.root, stage) / "manifest.json").is_file():
@@ -263,17 +266,29 @@ class Ledger:
 
     def push(self, stages: Iterable[str]) -> int:
         """Copy the named artifacts to the default remote; the number of files that were new there."""
-        return int(self.repo.push(targets=list(stages)))
+        return int(self.repo.push(targets=[_target(name) for name in stages]))
 
     def has_remote(self) -> bool:
         """Whether a default remote is configured."""
         return bool(self.repo.config["core"].get("remote"))
 
-    def _lock(self) -> dict[str, Any]:
-        path = self.root / "dvc.lock"
-        if not path.is_file():
-            return {}
-        return (yaml.load(path.read_text(encoding="utf-8"), Loader=_YamlLoader) or {}).get("stages") or {}
+    def read(self, digest: str, name: str) -> bytes | None:
+        """A file of the version `digest` of an artifact, from DVC's cache; None where that is not on this machine."""
+        cache = Path(self.repo.cache.local.path)
+        listed = cache / digest[:2] / digest[2:]
+        for entry in json.loads(listed.read_bytes()) if listed.is_file() else ():
+            cached = cache / entry["md5"][:2] / entry["md5"][2:]
+            if entry["relpath"] == name and cached.is_file():
+                return cached.read_bytes()
+        return None
+
+    def recorded(self) -> dict[str, Any]:
+        """What dvc.lock says of every stage that was made: its inputs, code, recipe fields and artifact."""
+        recorded: dict[str, Any] = {}
+        for path in (self.root / "dvc.lock", (self.root / CELLS_PIPELINE).with_suffix(".lock")):
+            if path.is_file():
+                recorded |= (yaml.load(path.read_text(encoding="utf-8"), Loader=_YamlLoader) or {}).get("stages") or {}
+        return recorded
 
     def _state(self, name: str, changes: list[Any], recorded: Mapping[str, Any] | None) -> State:
         exists = (folder(self.root, name) / "manifest.json").is_file()
@@ -309,27 +324,33 @@ class Ledger:
         return [f"{'code' if path.endswith('.py') else 'file'} {path} {'changed' if how == 'modified' else how}"]
 
 
+def _target(stage: str) -> str:
+    """How DVC addresses a stage."""
+    return f"{CELLS_PIPELINE}:{stage}" if "@" in stage else stage
+
+
 def _stages_parsed_once(repo: Repo) -> StageLoad:
-    """DVC's own loader of stages, which parses dvc.yaml and dvc.lock again only when one of them has changed.
+    """DVC's own loader of stages, which parses a pipeline and its lock again only when one of them has changed.
 
     DVC's parses both for every name, in pure Python: 0.6 s a name when everything is made, twice that in a push.
     """
-    from dvc.dvcfile import LOCK_FILE, load_file
+    from dvc.dvcfile import load_file
     from dvc.repo.stage import PROJECT_FILE, StageLoad
 
-    class ParsedOnce(StageLoad):
-        parsed: tuple[Any, Any] = (None, None)
+    parsed: dict[str, tuple[Any, Any]] = {}
 
+    class ParsedOnce(StageLoad):
         def load_all(
             self, path: str | None = None, name: str | None = None, accept_group: bool = True, glob: bool = False
         ) -> list[Stage]:
-            if path not in (None, PROJECT_FILE):
+            if path not in (None, PROJECT_FILE, CELLS_PIPELINE):
                 return super().load_all(path, name, accept_group, glob)
+            file = Path(repo.root_dir, path or PROJECT_FILE)
             # Looked at before the parse, so that a change during it is seen the next time.
-            seen = [_seen(Path(repo.root_dir, file)) for file in (PROJECT_FILE, LOCK_FILE)]
-            if seen != self.parsed[0]:
-                self.parsed = seen, load_file(repo, str(Path(repo.root_dir, PROJECT_FILE))).stages
-            stages = self.parsed[1]
+            seen = [_seen(file), _seen(file.with_suffix(".lock"))]
+            if seen != parsed.get(str(file), (None, None))[0]:
+                parsed[str(file)] = seen, load_file(repo, str(file)).stages
+            stages = parsed[str(file)][1]
             return [stages[key] for key in self._get_keys(stages, name, accept_group, glob)]
 
         def load_one(self, path: str | None = None, name: str | None = None) -> Stage:

@@ -16,13 +16,14 @@ import os
 import re
 import shutil
 import ssl
+import subprocess
 import sys
 import threading
 import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, replace
@@ -35,8 +36,11 @@ from urllib.parse import urlsplit, urlunsplit
 import yaml
 from filelock import FileLock, Timeout
 
+from valr_ops.recipe.secrets import redacted
+
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 EXPERIMENT = "valr_ops"
 FIELDS = Path(__file__).resolve().parents[2] / "mlflow" / "fields.yaml"
@@ -94,6 +98,10 @@ class RunRecord:
     datasets: Sequence[str] = ()
     """Which of `input_digests` are data sets (not models); logged as MLflow dataset inputs with their digests."""
     dagster_run_id: str | None = field(default_factory=lambda: os.environ.get("VALR_DAGSTER_RUN_ID"))
+    command: str = field(default_factory=lambda: os.environ.get("VALR_COMMAND", ""))
+    """What a person typed. Of its words only stages, options and fields of the allow-list are logged."""
+    person: str = field(default_factory=lambda: os.environ.get("LOGNAME") or os.environ.get("USER") or "")
+    """Who typed it: the login name."""
     ended: float = field(default_factory=time.time)
     """Seconds since 1970. The begin follows from ``timings["seconds"]``."""
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -114,7 +122,7 @@ def record(root: Path, run: RunRecord, warn: Callable[[str], None] = _LOG.warnin
     try:
         entry = spool(run, root)
     except (OSError, TypeError, ValueError, LineageError) as error:
-        warn(f"the measurements of {run.stage} could not be kept for MLflow: {error}")
+        warn(redacted(f"the measurements of {run.stage} could not be kept for MLflow: {error}"))
         return None
     if _has_courier.get():
         return None
@@ -258,6 +266,232 @@ def recorded_url(root: Path, stage: str, output_digest: str) -> str | None:
     return run_url(root, receipt["run_id"], receipt["experiment_id"])
 
 
+@dataclass(frozen=True)
+class RecordedRun:
+    """What the tracking server knows about one making of one artifact. A word that it doesn't know is empty."""
+
+    stage: str
+    output_digest: str
+    input_digests: Mapping[str, str]
+    """DVC digest of each input artifact, by stage name."""
+    recipe_fingerprint: str
+    git_commit: str
+    code_digest: str
+    parameters: Mapping[str, str]
+    """The recipe fields that were logged, as text."""
+    command: str
+    person: str
+    dagster_run_id: str
+    ended: float
+    """Seconds since 1970."""
+    url: str
+
+
+def find_runs(root: Path, tag: str, values: Iterable[str]) -> dict[str, list[RecordedRun]]:
+    """The finished runs whose `tag` is one of `values`, by that value, the latest first.
+
+    A project that has recorded nothing has none, and no database is made for it.
+
+    Raises:
+        LineageError: the tracking server is away, or refuses.
+    """
+    uri, found = tracking_uri(root), {}
+    if uri == f"sqlite:///{_database(root)}" and not _database(root).is_file():
+        return {}
+    try:
+        client, experiment_id = _connect(root)
+        for value in values:
+            runs = client.search_runs(
+                [experiment_id],
+                f"tags.`{tag}` = '{value}' AND attributes.status = 'FINISHED'",
+                order_by=["end_time DESC"],
+            )
+            found[value] = [_recorded(root, run) for run in runs]
+    except Exception as error:
+        raise LineageError(
+            f"MLflow at {_shown(uri)} can't be asked ({_reason(error)}); set MLFLOW_TRACKING_URI, or start the server"
+        ) from None
+    return found
+
+
+def _recorded(root: Path, run: Run) -> RecordedRun:
+    tags = run.data.tags
+    return RecordedRun(
+        stage=tags.get("stage", ""),
+        output_digest=tags.get("output.digest", ""),
+        input_digests={
+            name.removeprefix("input."): digest for name, digest in tags.items() if name.startswith("input.")
+        },
+        recipe_fingerprint=tags.get("recipe.fingerprint", ""),
+        git_commit=tags.get("mlflow.source.git.commit", ""),
+        code_digest=tags.get("code.digest", ""),
+        parameters=dict(run.data.params),
+        command=tags.get("command", ""),
+        person=tags.get("mlflow.user", ""),
+        dagster_run_id=tags.get("dagster.run_id", ""),
+        ended=(run.info.end_time or 0) / 1000,
+        url=run_url(root, run.info.run_id, run.info.experiment_id),
+    )
+
+
+MODEL = "valr"
+"""The registered model whose versions are all trained models of the project."""
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """One move of the alias `champion`."""
+
+    version: str
+    how: str
+    """`gate`, `overruled` or `rolled back`."""
+    reason: str
+    """What a person gave; empty where the gate decided alone."""
+    evidence: str
+    """Digest of the decision's folder; empty for a roll-back."""
+    person: str
+    """From git's settings, else the login name."""
+    at: float
+    """Seconds since 1970."""
+
+
+@dataclass(frozen=True)
+class Registered:
+    """What the registry knows about the model."""
+
+    aliases: Mapping[str, str]
+    """Version by alias: `champion`, `challenger`."""
+    digests: Mapping[str, str]
+    """DVC digest of the weights' folder by version, the oldest version first."""
+    stages: Mapping[str, str]
+    """Stage that made it, by version."""
+    history: Sequence[Promotion]
+    """The oldest first."""
+
+    @property
+    def champion_digest(self) -> str | None:
+        """DVC digest of the champion's weights; None while there is no champion."""
+        return self.digests.get(self.aliases.get("champion", ""))
+
+    @property
+    def before(self) -> str | None:
+        """The version that was champion before the present one; a version that was rolled back is none."""
+        stack: list[str] = []
+        for move in self.history:
+            if move.how == "rolled back" and move.version in stack:
+                del stack[len(stack) - stack[::-1].index(move.version) :]
+            elif not stack or stack[-1] != move.version:
+                stack.append(move.version)
+        # The alias is what counts: its last move may have been cut off before it was written down.
+        if stack and stack[-1] == self.aliases.get("champion"):
+            stack.pop()
+        return stack[-1] if stack else None
+
+
+def registered(root: Path) -> Registered:
+    """Versions, aliases and history of the model. Raises `LineageError` where the server is away."""
+    with _asking(root) as client:
+        return _registered(client)
+
+
+def register(root: Path, stage: str, digest: str, inputs: Mapping[str, str]) -> str:
+    """The version of the model with this digest, registered as `challenger` if there is none yet.
+
+    Args:
+        stage: that made it.
+        digest: of its folder, as DVC gives it; it is also where the weights are found.
+        inputs: DVC digest of what it was scored on or made from, by stage name.
+
+    Raises:
+        LineageError: the server is away, or refuses.
+    """
+    with _asking(root) as client:
+        known = _registered(client)
+        for version, one in known.digests.items():
+            if one == digest:
+                if known.aliases.get("champion") != version:
+                    client.set_registered_model_alias(MODEL, "challenger", version)
+                return version
+        if not client.search_registered_models(f"name = '{MODEL}'"):
+            client.create_registered_model(MODEL)
+        tags = {"stage": stage, "output.digest": digest, **{f"input.{name}": one for name, one in inputs.items()}}
+        runs = client.search_runs(
+            [_experiment(client)], f"tags.`output.digest` = '{digest}'", max_results=1, order_by=["end_time DESC"]
+        )
+        made = client.create_model_version(
+            MODEL, f"dvc:{digest}", run_id=runs[0].info.run_id if runs else None, tags=tags
+        )
+        client.set_registered_model_alias(MODEL, "challenger", str(made.version))
+        return str(made.version)
+
+
+def promote(root: Path, version: str, how: str, reason: str = "", evidence: str = "") -> Promotion:
+    """Move the alias `champion` to `version`, and write down who did it, when and why; nothing else changes.
+
+    Raises:
+        LineageError: no such version, or the server is away.
+    """
+    with _asking(root) as client:
+        known = _registered(client)
+        if version not in known.digests:
+            raise LineageError(f"there is no version {version} of {MODEL}; `valr release show` lists them")
+        move = Promotion(version, how, redacted(reason), evidence, _person(root), time.time())
+        client.set_registered_model_alias(MODEL, "champion", version)
+        if known.aliases.get("challenger") == version:
+            client.delete_registered_model_alias(MODEL, "challenger")
+        client.set_registered_model_tag(MODEL, f"promotion.{len(known.history):06d}", json.dumps(asdict(move)))
+        return move
+
+
+def roll_back(root: Path, reason: str = "") -> Promotion:
+    """Move the alias `champion` to the version that had it before the present one.
+
+    Raises:
+        LineageError: there was none before, or the server is away.
+    """
+    before = registered(root).before
+    if before is None:
+        raise LineageError("no version was champion before the present one; `valr release show` tells the history")
+    return promote(root, before, "rolled back", reason)
+
+
+def _registered(client: MlflowClient) -> Registered:
+    found = client.search_registered_models(f"name = '{MODEL}'")
+    if not found:
+        return Registered({}, {}, {}, ())
+    versions = sorted(client.search_model_versions(f"name = '{MODEL}'"), key=lambda one: int(one.version))
+    moves = sorted((name, value) for name, value in found[0].tags.items() if name.startswith("promotion."))
+    return Registered(
+        aliases={alias: str(version) for alias, version in client.get_registered_model(MODEL).aliases.items()},
+        digests={str(one.version): one.tags.get("output.digest", "") for one in versions},
+        stages={str(one.version): one.tags.get("stage", "") for one in versions},
+        history=[Promotion(**json.loads(value)) for _, value in moves],
+    )
+
+
+@contextmanager
+def _asking(root: Path) -> Iterator[MlflowClient]:
+    try:
+        yield _connect(root)[0]
+    except LineageError:
+        raise
+    except Exception as error:
+        raise LineageError(
+            f"the registry at {_shown(tracking_uri(root))} can't be asked ({_reason(error)}); set MLFLOW_TRACKING_URI, "
+            "or start the server, and give the command again"
+        ) from None
+
+
+def _experiment(client: MlflowClient) -> str:
+    found = client.get_experiment_by_name(EXPERIMENT)
+    return str(found.experiment_id) if found else "0"
+
+
+def _person(root: Path) -> str:
+    asked = subprocess.run(["git", "config", "user.name"], cwd=root, capture_output=True, text=True, check=False)
+    return asked.stdout.strip() or os.environ.get("LOGNAME") or os.environ.get("USER") or ""
+
+
 def tracking_uri(root: Path) -> str:
     """``MLFLOW_TRACKING_URI``, else the SQLite database of the project."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{_database(root)}"
@@ -310,7 +544,14 @@ def _allowed(run: RunRecord, fields: Path) -> RunRecord:
                 fnmatchcase(name.lower(), line) for line in lists["never"]
             )
 
-        return {name: value for name, value in names.items() if passes(prefix + name)}
+        return {name: _unsecret(value) for name, value in names.items() if passes(prefix + name)}
+
+    def shown(word: str) -> str:
+        """A word of the command; values of fields that are not logged, and places on this machine, are left out."""
+        name, assigned, value = word.strip("'\"").partition("=")
+        if assigned:
+            return f"{name}={value if keep('parameters', {name: ''}) and redacted(word) == word else '...'}"
+        return word if re.fullmatch(r"[\w+,@-]+", word) and redacted(word) == word else "..."
 
     numbers = {name: value for name, value in run.summary.items() if not isinstance(value, str)}
     words = {name: value for name, value in run.summary.items() if isinstance(value, str)}
@@ -320,7 +561,13 @@ def _allowed(run: RunRecord, fields: Path) -> RunRecord:
         summary=keep("metrics", numbers) | keep("tags", words, "summary."),
         timings=keep("metrics", run.timings, "timings/"),
         tags=keep("tags", run.tags),
+        tables={title: redacted(table) for title, table in run.tables.items()},
+        command=" ".join(map(shown, run.command.split())),
     )
+
+
+def _unsecret(value: Any) -> Any:
+    return redacted(value) if isinstance(value, str) else value
 
 
 def _read_fields(path: Path) -> dict[str, list[str]]:
@@ -361,13 +608,13 @@ def _deliver(root: Path, limit: int, fields: Path, warn: Callable[[str], None]) 
     try:
         client, experiment_id = _connect(root)
     except Exception as error:
-        warn(f"MLflow at {_shown(tracking_uri(root))} is away ({_reason(error, root)}); {stays}")
+        warn(f"MLflow at {_shown(tracking_uri(root))} is away ({_reason(error)}); {stays}")
         return
     for entry in entries[:limit]:
         try:
             run = _read_spooled(entry, fields)
         except (OSError, ValueError, TypeError) as error:
-            warn(f".valr/spool/{entry.name} can't be read ({_reason(error, root)}); delete that folder")
+            warn(f".valr/spool/{entry.name} can't be read ({_reason(error)}); delete that folder")
             continue
         except LineageError as error:
             warn(f"{error}; until then {stays}")
@@ -377,7 +624,7 @@ def _deliver(root: Path, limit: int, fields: Path, warn: Callable[[str], None]) 
             _write_receipt(root, run, run_id, experiment_id)
             shutil.rmtree(entry)
         except Exception as error:
-            warn(f"MLflow did not take the run of {run.stage} ({_reason(error, root)}); {stays}")
+            warn(f"MLflow did not take the run of {run.stage} ({_reason(error)}); {stays}")
             if not _is_refusal(error):
                 return
             continue
@@ -453,13 +700,14 @@ def _tags(run: RunRecord) -> dict[str, str]:
         "recipe.fingerprint": run.recipe_fingerprint,
         "mlflow.source.name": f"valr run {run.stage}",
         "mlflow.source.git.commit": run.git_commit,
-        "dagster.asset_key": run.stage,
+        "dagster.asset_key": run.stage.partition("@")[0],
         **{f"input.{name}": digest for name, digest in run.input_digests.items()},
         **{f"summary.{name}": value for name, value in run.summary.items() if isinstance(value, str)},
         **run.tags,
     }
-    if run.dagster_run_id:
-        tags["dagster.run_id"] = run.dagster_run_id
+    for name, value in (("dagster.run_id", run.dagster_run_id), ("command", run.command), ("mlflow.user", run.person)):
+        if value:
+            tags[name] = value
     if run.tables:
         # What MLflow shows as the run's description.
         tags["mlflow.note.content"] = _tables(run)[:_MAX_NOTE_CHARACTERS]
@@ -617,9 +865,7 @@ def _shown(uri: str) -> str:
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
-def _reason(error: Exception, root: Path) -> str:
-    """The first line of `error`, without the password that the tracking address may hold."""
-    password = urlsplit(tracking_uri(root)).password
-    line = next(iter(str(error).splitlines()), "")[:200]
-    reason = f"{type(error).__name__}: {line}" if line else type(error).__name__
-    return reason.replace(password, "***") if password else reason
+def _reason(error: Exception) -> str:
+    """The first line of `error`."""
+    line = next(iter(redacted(str(error)).splitlines()), "")[:200]
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__

@@ -1,30 +1,45 @@
-"""Files to read, wherever they are: below a local folder or below an S3 prefix. The one module that knows boto3.
+"""Files, wherever they are: below a local folder or below an S3 prefix. The one module that knows boto3.
 
 In: a location, ``../data/zebra_cot`` or ``s3://bucket/prefix``. Out: the names below it and their bytes, as a stream or
-whole, with random access on both sides.
+whole, with random access on both sides; and on S3 the way back.
 Always: a name can't leave its location, not even through a link; a stream from S3 goes on after a broken connection
-where it stopped, and only if the object is still the same; nothing is held in memory but one block a stream.
+where it stopped, and only if the object is still the same; an object is there whole or not at all, its SHA-256 checked
+by the store; nothing is held in memory but one block a stream.
 Credentials and endpoint come from the environment, as for every AWS tool (``AWS_ACCESS_KEY_ID``, ``AWS_ENDPOINT_URL``).
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
 import re
+import shutil
 import tempfile
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, ParamSpec, Protocol, TypeVar
+
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _DRIVE = re.compile(r"^[A-Za-z]:")
 _BLOCK = 1 << 20
 _ATTEMPTS = 5
+_PATIENT_ATTEMPTS = 10
+"""Of `patiently`, each of which is several of boto3's: four minutes and more, so that a restart of the store passes."""
+_PART_BYTES = 64 << 20
+_PARTS_AT_ONCE = 4
+_OPENING = threading.Lock()
 
 
 class StorageError(OSError):
-    """A location that can't be read: which, why, and how to mend it."""
+    """A location that can't be read or written: which, why, and how to mend it."""
 
 
 class MissingError(StorageError):
@@ -40,7 +55,32 @@ class TooLargeError(StorageError):
 
 
 class ChangedError(StorageError):
-    """A file that is no longer what it was when it was opened."""
+    """A file that is no longer what it was when it was opened, or not what its digest says."""
+
+
+class UnreachableError(StorageError):
+    """The store is away or busy; the same call may succeed later."""
+
+    exit_status = 1
+
+
+class TakenError(StorageError):
+    """Another writer was first; what it wrote stays."""
+
+
+class DiskFullError(StorageError):
+    """No room on the local disk."""
+
+
+def patiently(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call again, with growing pauses, while the store is away; in the end its `UnreachableError` is raised."""
+    again = Retrying(
+        retry=retry_if_exception_type(UnreachableError),
+        wait=wait_exponential_jitter(initial=1, max=30),
+        stop=stop_after_attempt(_PATIENT_ATTEMPTS),
+        reraise=True,
+    )
+    return again(call, *args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -158,7 +198,7 @@ class LocalFiles:
 
 
 class S3Files:
-    """Objects below an S3 prefix. See `Files`."""
+    """Objects below an S3 prefix. See `Files`; these can be written as well, by any number of threads."""
 
     def __init__(self, location: str) -> None:
         bucket, _, prefix = location.removeprefix("s3://").partition("/")
@@ -204,21 +244,70 @@ class S3Files:
             answer = self._s3().get_object(Bucket=self._bucket, Key=self._key(name), **condition, **part)
         return answer["Body"], Stamp(start + answer["ContentLength"], answer["ETag"])
 
+    def size(self, name: str) -> int | None:
+        """Bytes of the object; None if there is none."""
+        try:
+            return self.stamp(name).size
+        except MissingError:
+            return None
+
+    def put(self, name: str, data: bytes, *, only_new: bool = False) -> None:
+        """Write a small object; with `only_new`, only where there is none.
+
+        Raises:
+            TakenError: `only_new`, and there is one already. It may be this call's own, whose answer was lost on the
+                way: compare. StorageError: as `open`.
+        """
+        condition = {"IfNoneMatch": "*"} if only_new else {}
+        try:
+            with self._named(name):
+                key = self._key(name)
+                self._s3().put_object(Bucket=self._bucket, Key=key, Body=data, ChecksumAlgorithm="SHA256", **condition)
+        except ChangedError:
+            raise TakenError(
+                f"{self.location}/{name} was written by another writer first, and stays as it is"
+            ) from None
+
+    def upload(self, name: str, path: Path) -> None:
+        """Write the file at `path`, of any size: in parts, which nobody sees before all of them have arrived.
+
+        Raises:
+            StorageError: as `open`.
+        """
+        from boto3.s3.transfer import TransferConfig
+
+        config = TransferConfig(
+            multipart_threshold=_PART_BYTES, multipart_chunksize=_PART_BYTES, max_concurrency=_PARTS_AT_ONCE
+        )
+        with self._named(name):
+            checked_by_store = {"ChecksumAlgorithm": "SHA256"}
+            self._s3().upload_file(str(path), self._bucket, self._key(name), ExtraArgs=checked_by_store, Config=config)
+
+    def delete(self, name: str) -> None:
+        """Remove an object, if there is one."""
+        with self._named(name):
+            self._s3().delete_object(Bucket=self._bucket, Key=self._key(name))
+
     def _key(self, name: str) -> str:
         return f"{self._prefix}{checked(name)}"
 
     def _s3(self) -> Any:
-        if self._client is None:
-            import boto3
-            from botocore.config import Config
-
-            retries: Any = {"mode": "standard", "total_max_attempts": _ATTEMPTS}
-            config = Config(retries=retries, connect_timeout=10, read_timeout=60)
-            self._client = boto3.session.Session().client("s3", config=config)
+        # boto3's sessions must not be made by two threads at once; its clients may be used by many.
+        with _OPENING:
+            if self._client is None:
+                self._client = _client()
         return self._client
 
     def _named(self, name: str) -> _s3_errors_named:
         return _s3_errors_named(f"{self.location}/{name}".rstrip("/"), name)
+
+
+_PASSING = {
+    *("SlowDown", "RequestTimeout", "RequestTimeTooSkewed", "OperationAborted", "ConditionalRequestConflict"),
+    # The bytes that arrived are not those that were sent.
+    *("BadDigest", "IncompleteBody", "XAmzContentChecksumMismatch", "XAmzContentSHA256Mismatch"),
+}
+"""Answers that say nothing about the next attempt."""
 
 
 class _s3_errors_named:
@@ -233,10 +322,14 @@ class _s3_errors_named:
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if error is None or isinstance(error, StorageError):
             return
+        from boto3.exceptions import S3UploadFailedError
         from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 
+        if isinstance(error, S3UploadFailedError):
+            error = error.__context__
         if isinstance(error, ClientError):
             code = str(error.response.get("Error", {}).get("Code", ""))
+            status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
             if code in ("NoSuchKey", "404", "NotFound"):
                 raise MissingError(f"{self.name or self.shown} does not exist") from None
             if code in ("PreconditionFailed", "412"):
@@ -248,16 +341,29 @@ class _s3_errors_named:
                     f"{self.shown}: access denied ({code}); check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the "
                     "bucket's policy"
                 ) from None
+            if status >= 500 or code in _PASSING:
+                raise UnreachableError(f"{self.shown}: the store answered {code}; run the same command again") from None
             raise StorageError(f"{self.shown}: the store answered {code}") from None
         if isinstance(error, NoCredentialsError):
             raise StorageError(
                 f"{self.shown}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
             ) from None
         if isinstance(error, BotoCoreError):
-            raise StorageError(
+            raise UnreachableError(
                 f"{self.shown}: the store can't be reached ({type(error).__name__}); check AWS_ENDPOINT_URL and the "
                 "network, then run the same command again"
             ) from None
+
+
+def _client() -> Any:
+    import boto3
+    from botocore.config import Config
+
+    retries: Any = {"mode": "standard", "total_max_attempts": _ATTEMPTS}
+    # Some calls upload several files at once, each in several parts.
+    pool = 4 * _PARTS_AT_ONCE
+    config = Config(retries=retries, connect_timeout=10, read_timeout=60, max_pool_connections=pool)
+    return boto3.session.Session().client("s3", config=config)
 
 
 class _Object(io.RawIOBase):
@@ -309,7 +415,7 @@ class _Object(io.RawIOBase):
                 if isinstance(error, StorageError):
                     raise
                 if attempt == _ATTEMPTS - 1:
-                    raise StorageError(
+                    raise UnreachableError(
                         f"{self._files.location}/{self._name}: reading broke off {_ATTEMPTS} times at byte {self._at} "
                         f"({type(error).__name__}); check the network, then run the same command again"
                     ) from None
@@ -340,6 +446,47 @@ def checked(name: object) -> str:
     return path.as_posix()
 
 
+def download(files: Files, name: str, to: Path, digest: str, algorithm: str = "sha256") -> None:
+    """Copy a file to `to`, which is there with this digest in the end, or not at all.
+
+    Args:
+        algorithm: of `digest`, as `hashlib` calls it.
+
+    Raises:
+        ChangedError: what the store gives has another digest, twice. DiskFullError: it does not fit on the disk.
+        StorageError: as `Files.open`.
+    """
+    try:
+        for _ in range(2):
+            with tempfile.NamedTemporaryFile(dir=to.parent, prefix=".fetch-", delete=False) as copy:
+                try:
+                    found = _copy(files.open(name), copy, algorithm)
+                    if found == digest:
+                        # A temporary file is its owner's alone; an artifact is read by others too.
+                        Path(copy.name).chmod(0o644)
+                        Path(copy.name).replace(to)
+                        return
+                finally:
+                    Path(copy.name).unlink(missing_ok=True)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise disk_full(to.parent, f"{files.location}/{name}") from None
+        raise
+    raise ChangedError(
+        f"{files.location}/{name} has the digest {found[:12]}, not {digest[:12]} as its index says: the object is "
+        "damaged or was replaced; push the artifact again with `dvc push`"
+    )
+
+
+def disk_full(folder: Path, what: str, needed: int | None = None) -> DiskFullError:
+    """The error for `what`, of `needed` bytes, that does not fit below `folder`."""
+    size = f"{needed / 2**30:.2f} GiB" if needed is not None else "it"
+    return DiskFullError(
+        f"{what}: the disk of {folder} is full ({shutil.disk_usage(folder).free / 2**30:.2f} GiB free, {size} needed); "
+        "make room there, then run the same command again; nothing half-written stays"
+    )
+
+
 class Cache:
     """Copies of remote files on the local disk, at most `max_bytes` of them; the longest unused ones make room.
 
@@ -352,36 +499,30 @@ class Cache:
         self.folder, self.max_bytes = folder, max_bytes
         folder.mkdir(parents=True, exist_ok=True)
 
-    def fetch(self, files: Files, name: str, sha256: str, size: int) -> Path:
-        """The local copy of a file that has this digest, fetched unless it is there.
+    def holds(self, digest: str, size: int) -> bool:
+        """Whether a copy is there."""
+        path = self.folder / digest
+        return path.is_file() and path.stat().st_size == size
 
-        Raises:
-            ChangedError: what the store gives has another digest, twice. StorageError: as `Files.open`.
-        """
-        path = self.folder / sha256
-        if path.is_file() and path.stat().st_size == size:
+    def fetch(self, files: Files, name: str, digest: str, size: int, algorithm: str = "sha256") -> Path:
+        """The local copy of a file that has this digest, fetched unless it is there. Raises as `download`."""
+        path = self.folder / digest
+        if self.holds(digest, size):
             os.utime(path)
             return path
         self._make_room(size)
-        for _ in range(2):
-            with tempfile.NamedTemporaryFile(dir=self.folder, prefix=".fetch-", delete=False) as copy:
-                try:
-                    digest = _copy(files.open(name), copy)
-                    if digest == sha256:
-                        Path(copy.name).replace(path)
-                        return path
-                finally:
-                    Path(copy.name).unlink(missing_ok=True)
-        raise ChangedError(
-            f"{files.location}/{name} has the digest {digest[:12]}, not {sha256[:12]} as its index says: the object is "
-            "damaged or was replaced; push the artifact again with `dvc push`"
-        )
+        download(files, name, path, digest, algorithm)
+        # It may be linked to from elsewhere, where nobody must write into it.
+        path.chmod(0o444)
+        # Others may have fetched at the same time, each for itself in bounds.
+        self._make_room(0, path)
+        return path
 
-    def drop(self, sha256: str) -> None:
+    def drop(self, digest: str) -> None:
         """Forget a copy that turned out to be damaged."""
-        (self.folder / sha256).unlink(missing_ok=True)
+        (self.folder / digest).unlink(missing_ok=True)
 
-    def _make_room(self, size: int) -> None:
+    def _make_room(self, size: int, but: Path | None = None) -> None:
         copies = []
         for path in self.folder.iterdir():
             try:
@@ -394,13 +535,15 @@ class Cache:
         for _, bytes_, path in sorted(copies):
             if held + size <= self.max_bytes:
                 break
+            if path == but:
+                continue
             # A process that has it open keeps reading it.
             path.unlink(missing_ok=True)
             held -= bytes_
 
 
-def _copy(stream: BinaryIO, to: Any) -> str:
-    digest = hashlib.sha256()
+def _copy(stream: BinaryIO, to: Any, algorithm: str) -> str:
+    digest = hashlib.new(algorithm)
     with stream:
         while block := stream.read(_BLOCK):
             digest.update(block)

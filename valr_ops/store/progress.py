@@ -4,8 +4,8 @@ In: what a stage function says, counts and measures. Out: bars or lines on stder
 may read at any moment, a file with the metrics of every step, and, where Dagster started the process, its event log.
 `Progress` is what stage functions see and is quiet; `open_progress` gives the runner a `ShowingProgress` to hand
 them; `watch` draws all stages at once from their status files; `reporting_to_dagster` opens the line to Dagster.
-Always: stdout stays untouched, a status file is whole whenever it is read, and a reader that went away (Dagster, the
-terminal of the parent) never stops the work.
+Always: stdout stays untouched, a status file is whole whenever it is read, a reader that went away (Dagster, the
+terminal of the parent) never stops the work, and no secret is shown, stored or sent.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from time import monotonic
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from rich.console import Console
@@ -34,6 +35,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from valr_ops.recipe.secrets import redacted
+
 if TYPE_CHECKING:
     from dagster_pipes import PipesContext
 
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Made = Literal["hit", "restored", "made"]
+_Raised = tuple[type[BaseException] | None, BaseException | None, TracebackType | None]
 State = Literal["waiting", "running", "hit", "restored", "made", "failed", "stopped"]
 
 _SECONDS_BETWEEN_LINES = 5.0
@@ -176,6 +180,7 @@ class ShowingProgress(Progress):
 
     def say(self, message: str) -> None:
         """One line for people, on the console and in Dagster's event log."""
+        message = redacted(message)
         self._line(message)
         if self._dagster is not None:
             self._dagster.log(message)
@@ -219,7 +224,7 @@ class ShowingProgress(Progress):
         """The outcome of one blocking expectation, said where it failed and recorded in Dagster."""
         self._reported_checks.add(check.name)
         if not check.passed:
-            self._line(f"check {check.name} failed: {check.detail}")
+            self._line(redacted(f"check {check.name} failed: {check.detail}"))
         if self._dagster is not None:
             metadata = {name: _value(value) for name, value in {"detail": check.detail, **check.metadata}.items()}
             self._dagster.report_check(check.name, check.passed, metadata=metadata)
@@ -232,7 +237,7 @@ class ShowingProgress(Progress):
 
     def failed(self, message: str) -> None:
         """There is no new artifact; `message` says why."""
-        self._end("failed", message)
+        self._end("failed", redacted(message))
 
     def materialized(
         self, report: StageReport, digest: str, artifact: Path, *, how: Made, tracking_url: str | None
@@ -584,9 +589,21 @@ def reporting_to_dagster() -> Iterator[None]:
     finally:
         _dagster.reset(token)
         try:
-            context.__exit__(*sys.exc_info())
+            context.__exit__(*_without_secrets(sys.exc_info()))
         except OSError as error:
             print(f"Dagster can't be reached any more ({error}); it will call this run failed.", file=sys.stderr)
+
+
+def _without_secrets(raised: _Raised) -> _Raised:
+    """The exception with which a stage ended, or one in its place if what it says is not for an event log."""
+    _, error, where = raised
+    # Pipes sends those that led to it as well, also where ``raise ... from None`` hides them from people.
+    chain = [error]
+    for one in chain:
+        chain += [led for led in (one.__cause__, one.__context__) if led not in (None, *chain)] if one else []
+    if error is None or all(redacted(str(one)) == str(one) for one in chain):
+        return raised
+    return RuntimeError, RuntimeError(redacted(f"{type(error).__name__}: {error}")), where
 
 
 def asset_metadata(
@@ -610,7 +627,7 @@ def asset_metadata(
     """
     metadata = {name: _value(value) for name, value in {**summary, **timings}.items()}
     metadata |= {title: {"type": "url", "raw_value": address} for title, address in links.items()}
-    metadata |= {title: {"type": "md", "raw_value": table} for title, table in tables.items()}
+    metadata |= {title: {"type": "md", "raw_value": redacted(table)} for title, table in tables.items()}
     metadata |= {f"plot: {plot.stem}": {"type": "md", "raw_value": _inline(plot)} for plot in plots}
     if report is not None:
         metadata["report"] = {"type": "path", "raw_value": str(report.resolve())}
@@ -627,7 +644,7 @@ def _value(value: Any) -> dict[str, Any]:
         return {"type": "float", "raw_value": value}
     if isinstance(value, Mapping | Sequence) and not isinstance(value, str):
         return {"type": "json", "raw_value": value}
-    return {"type": "text", "raw_value": str(value)}
+    return {"type": "text", "raw_value": redacted(str(value))}
 
 
 def _inline(plot: Path) -> str:

@@ -26,6 +26,7 @@ from valr_ops.data.sequences import Sequences, order
 from valr_ops.model import checkpoint
 from valr_ops.model.alignment import Projectors
 from valr_ops.model.qwen import check_block, load_model, save_model
+from valr_ops.recipe import price, workload
 from valr_ops.recipe.recipe import Recipe, RecipeError, TrainingRecipe
 from valr_ops.store.artifacts import Check, StageContext, StageReport
 from valr_ops.store.progress import Progress
@@ -233,7 +234,7 @@ def _build(context: StageContext, stage: Literal[1, 2], start: str) -> StageRepo
     )
     if stage == 2:
         progress.say(f"latents by {recipe.latents.method}, feedback gradient {recipe.latents.feedback_gradient}")
-    clock = log.Clock(peak_flops)
+    clock, planned, before = log.Clock(peak_flops), _planned(context, stage, objective), done.updates
     train(
         engine,
         objective,
@@ -261,7 +262,21 @@ def _build(context: StageContext, stage: Literal[1, 2], start: str) -> StageRepo
         log.write_log(done.rows, context.out / "training_log.parquet")
         log.plot(done.rows, objective.teachers, context.out / "loss.png")
     ranks.wait()
-    return _report(done, validation, objective, windows, clock)
+    report = _report(done, validation, objective, windows, clock)
+    peak_bytes = ranks.largest(torch.cuda.max_memory_allocated(ranks.device)) if ranks.device.type == "cuda" else None
+    if planned is None or done.updates == before:
+        return report
+    # Of a run that went on, the seconds of an update stand for those before.
+    seconds = report.timings["training_seconds"] * done.updates / (done.updates - before)
+    return replace(report, timings={**report.timings, **price.against_plan(planned, seconds, peak_bytes)})
+
+
+def _planned(context: StageContext, stage: Literal[1, 2], objective: Objective) -> price.Price | None:
+    """What the stage was expected to cost; None where the corpora do not say how large they are."""
+    corpus = workload.counted_corpus(context.recipe, context.inputs["cot_corpus"], context.inputs["latent_corpus"])
+    if corpus is None:
+        return None
+    return price.training_price(context.recipe, stage, corpus, objective.shape, context.stage)
 
 
 def _settings(recipe: Recipe, stage: int, teachers: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:

@@ -1,0 +1,418 @@
+"""A stage carried out by a pod: the same bytes as at home, whatever happens to the pod."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import tiny
+from tests.project import CHECKOUT, copy_project, digests, last_line, valr
+from tests.store.weed import Weed, serving
+from tests.store.weed import environment as keys
+from tests.training.inputs import write_inputs
+from valr_ops.recipe import recipes
+from valr_ops.recipe.recipe import override
+from valr_ops.release import pod
+from valr_ops.release.pod import FailedError, JobError, Request, Result
+from valr_ops.stages import stage
+from valr_ops.store import objects
+from valr_ops.store.objects import S3Files, TakenError, UnreachableError
+from valr_ops.store.remote import Remote
+from valr_ops.training.stop import TrainingInterrupted
+
+RECIPE = override(recipes.load(CHECKOUT, {"scale": "tiny"}), {"data.synthetic.train_records": 16})
+
+
+def request_for(name: str = "sources", store: str = "s3://test/store", **changes: Any) -> Request:
+    recipe = override(RECIPE, changes).model_dump(mode="json")
+    return Request(store, name, recipe, inputs={}, code=stage(name).code_digest(CHECKOUT))
+
+
+def test_a_request_has_the_key_of_what_decides_its_artifact() -> None:
+    one = request_for()
+    assert one.url == f"s3://test/store/jobs/{one.key}" and len(one.key) == 16
+    assert request_for(**{"stage2.learning_rate": 1e-3}).key == one.key, "sources do not depend on it"
+    assert replace(one, store="s3://elsewhere").key == one.key
+    others = [
+        request_for(seed=1),
+        replace(one, code="0"),
+        replace(one, attempt=1),
+        replace(one, inputs={"sources": "0.dir"}),
+    ]
+    assert len({one.key, *(other.key for other in others)}) == 5
+    third = replace(one, attempt=2)
+    assert third.checkpoints == [f"{replace(one, attempt=number).url}/checkpoints" for number in (2, 1, 0)]
+
+
+@pytest.mark.parametrize("url", ["s3://test/x", "s3://test/jobs/a/b", "http://test/jobs/a", "/jobs/a"])
+def test_what_is_no_job_is_said(url: str) -> None:
+    with pytest.raises(JobError, match="is no job; write s3://bucket/prefix/jobs/KEY"):
+        pod.run_job(url, "sources")
+
+
+def test_a_job_takes_nothing_from_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    from valr_ops.__main__ import main
+
+    with pytest.raises(SystemExit):
+        main(["run", "sources", "--job", "s3://test/jobs/a", "--force"])
+    assert "leave out --set, --force and --part" in capsys.readouterr().err
+
+
+class Away:
+    """A store that loses what it is sent at first, and then its own answer."""
+
+    def __init__(self) -> None:
+        self.objects: dict[str, bytes] = {"00000000.json": b"of a pod before"}
+        self.coming = ["lost", "lost", "unanswered"]
+
+    def names(self) -> list[str]:
+        return sorted(self.objects)
+
+    def put(self, name: str, data: bytes, *, only_new: bool) -> None:
+        comes = self.coming.pop(0) if self.coming else "answered"
+        if comes != "lost" and name in self.objects:
+            raise TakenError(name)
+        if comes != "lost":
+            self.objects[name] = data
+        if comes != "answered":
+            raise UnreachableError(comes)
+
+    def read(self, name: str, at_most: int) -> bytes:
+        return self.objects[name]
+
+
+def test_messages_leave_no_gap_and_results_go_last_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DAGSTER_PIPES_CONTEXT", "something")
+    monkeypatch.setattr(objects, "_PATIENT_ATTEMPTS", 1)
+    monkeypatch.setattr(pod, "_LOOK_SECONDS", 0.01)
+    methods = ["opened", "report_asset_check", "log", "report_asset_materialization", "closed"]
+    for results in (True, False):
+        store, file = Away(), tmp_path / f"{results}.jsonl"
+        mail = pod._Mail(file, store)  # type: ignore[arg-type]
+        with mail.collecting():
+            file.write_text("".join(f"{json.dumps({'method': method})}\n" for method in methods))
+            until(lambda store=store: len(store.objects) == 3)
+        mail.finish(results)
+        assert store.names() == [f"{number:08d}.json" for number in range(len(store.objects))]
+        told = [json.loads(store.objects[name])["method"] for name in store.names()[1:]]
+        reported = ["report_asset_check", "report_asset_materialization"] if results else []
+        assert told == ["opened", "log", *reported, "closed"]
+
+
+# ------------------------------------------------------------------------------------------------- on a real S3 server
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Weed]:
+    with serving(tmp_path_factory.mktemp("weed")) as weed:
+        yield weed
+
+
+@pytest.fixture
+def store(server: Weed, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """An empty store; and this process as a pod of its own."""
+    for name, value in keys(server).items():
+        monkeypatch.setenv(name, value)
+    # Measurements then wait for the orchestrator, and nothing waits for them.
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "node"))
+    (tmp_path / "node").mkdir()
+    return f"s3://test/{tmp_path.name}"
+
+
+def start_pod(
+    url: str, node: Path, name: str = "sources", launcher: tuple[str, ...] = (), **variables: str
+) -> subprocess.Popen[str]:
+    """What a Job's container runs, on a node of its own."""
+    node.mkdir(exist_ok=True)
+    return subprocess.Popen(
+        [sys.executable, *launcher, "-m", "valr_ops", "run", name, "--job", url],
+        cwd=CHECKOUT,
+        env={**os.environ, "TMPDIR": str(node), "OMP_NUM_THREADS": "1", **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def ended(process: subprocess.Popen[str]) -> dict[str, Any]:
+    out, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    said: dict[str, Any] = json.loads(out.strip().splitlines()[-1])
+    return said
+
+
+def until(true: Callable[[], Any], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.services
+@pytest.mark.timeout(300)
+def test_a_pod_makes_what_the_verb_makes_and_the_orchestrator_brings_it_home(store: str, tmp_path: Path) -> None:
+    made = {"scale": "tiny", "data.synthetic.train_records": 16}
+    here, there = (copy_project(tmp_path / name, made) for name in ("here", "there"))
+    valr(here, "run", "sources")
+    valr(there, "run", "recipe")
+    url = pod.submit(request_for(store=store))
+    assert pod.result(url) is None
+    with pytest.raises(JobError, match="has no result yet"):
+        pod.collect(url, there)
+    said = ended(start_pod(url, tmp_path / "node"))
+    found = pod.collect(url, there)
+    assert said["digest"] == found.digest == digests(here)["sources"] == digests(there)["sources"]
+    assert (found.size, found.files) == (said["size"], said["files"])
+    assert found.report["summary"] == last_line(valr(there, "run", "sources"))["summary"]
+    assert last_line(valr(there, "run", "sources"))["how"] == "hit"
+    (record,) = (there / ".valr" / "spool").glob("*/record.json")
+    assert json.loads(record.read_text())["output_digest"] == found.digest
+    assert not list((tmp_path / "node" / "valr" / "jobs").glob("*/*")), "a finished job leaves nothing on the node"
+
+
+@pytest.mark.slow
+@pytest.mark.services
+def test_the_same_request_is_one_job_until_it_failed_for_good(store: str) -> None:
+    one = request_for(store=store)
+    url = pod.submit(one)
+    assert pod.submit(replace(one, recipe={**one.recipe, "runtime": {}})) == url
+    S3Files(url).put("result.json", pod._json(pod.asdict(Result(error="no", exit_status=42))))
+    assert pod.submit(one) == replace(one, attempt=1).url
+    with pytest.raises(FailedError, match="no") as error:
+        pod.run_job(url, "sources")
+    assert error.value.exit_status == 42
+    with pytest.raises(FailedError):
+        pod.collect(url, CHECKOUT)
+
+
+@pytest.mark.slow
+@pytest.mark.services
+def test_what_no_retry_can_mend_is_the_result_of_the_job(store: str, tmp_path: Path) -> None:
+    wrong = {"data.sources": {"mine": {"format": "jsonl", "path": str(tmp_path / "nowhere")}}}
+    url = pod.submit(request_for(store=store, **wrong))
+    with pytest.raises(Exception, match="nowhere"):
+        pod.run_job(url, "sources")
+    found = pod.result(url)
+    assert found is not None and "nowhere" in found.error and found.exit_status == 42
+    again = start_pod(url, tmp_path / "another")
+    assert again.communicate(timeout=120)[1].strip().endswith(found.error) and again.returncode == 42
+
+
+@pytest.mark.slow
+@pytest.mark.services
+@pytest.mark.parametrize("error", [TrainingInterrupted("stopped"), UnreachableError("away"), MemoryError()])
+def test_what_a_retry_may_mend_leaves_no_result(store: str, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fails(*_: Any) -> Result:
+        raise error
+
+    url = pod.submit(request_for(store=store))
+    monkeypatch.setattr(pod, "_carry_out", fails)
+    with pytest.raises(type(error)):
+        pod.run_job(url, "sources")
+    assert pod.result(url) is None
+    monkeypatch.setattr(pod, "_carry_out", lambda *_: Result("made.dir"))
+    assert pod.run_job(url, "sources").digest == "made.dir"
+    assert pod.run_job(url, "sources").digest == "made.dir", "what is done is not done again"
+
+
+@pytest.mark.slow
+@pytest.mark.services
+def test_a_job_for_another_stage_or_of_another_version_is_refused(store: str) -> None:
+    one = request_for(store=store)
+    with pytest.raises(JobError, match=r"has no request\.json; the job was never submitted"):
+        pod.run_job(one.url, "sources")
+    url = pod.submit(one)
+    with pytest.raises(JobError, match="asks for sources, not for cot_corpus"):
+        pod.run_job(url, "cot_corpus")
+    request = json.loads(S3Files(url).read("request.json", 1 << 20))
+    assert request == {
+        "stage": "sources",
+        "recipe": dict(one.recipe),
+        "inputs": {},
+        "code": one.code,
+        "attempt": 0,
+    }
+    S3Files(url).put("request.json", json.dumps({**request, "code": "other"}).encode())
+    with pytest.raises(JobError, match="altered, or comes from another version"):
+        pod.run_job(url, "sources")
+    other = pod.submit(replace(one, code="other"))
+    with pytest.raises(JobError, match=r"of code other, and this is \w{12}; set cluster.image"):
+        pod.run_job(other, "sources")
+    S3Files(url).put("request.json", b"{")
+    with pytest.raises(JobError, match="can't be read"):
+        pod.run_job(url, "sources")
+
+
+@pytest.mark.slow
+@pytest.mark.services
+def test_of_two_pods_of_one_job_one_counts_and_the_other_is_told(
+    store: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = pod.submit(request_for(store=store))
+
+    def other_wins(*_: Any) -> Result:
+        pod._write_result(url, Result("theirs.dir"))
+        return Result("ours.dir")
+
+    monkeypatch.setattr(pod, "_carry_out", other_wins)
+    assert pod.run_job(url, "sources").digest == "theirs.dir"
+    assert "another pod finished this job first, with theirs.dir" in capsys.readouterr().err
+    found = pod.result(url)
+    assert found is not None and found.digest == "theirs.dir"
+
+
+@pytest.mark.slow
+@pytest.mark.services
+@pytest.mark.timeout(400)
+def test_a_pod_killed_at_any_moment_is_followed_by_one_that_goes_on(store: str, tmp_path: Path) -> None:
+    undisturbed = request_for(store=f"{store}/undisturbed")
+    began = time.monotonic()
+    expected = ended(start_pod(pod.submit(undisturbed), tmp_path / "first"))
+    took = time.monotonic() - began
+    url = pod.submit(request_for(store=f"{store}/killed"))
+    for moment in (0.4, 0.7, 0.9):
+        process = start_pod(url, tmp_path / f"node-{moment}")
+        time.sleep(took * moment)
+        process.kill()
+        process.communicate()
+    assert ended(start_pod(url, tmp_path / "last"))["digest"] == expected["digest"]
+    Remote(f"{store}/killed").fetch(expected["digest"], tmp_path / "back")
+
+
+def pipes(name: str) -> dict[str, str]:
+    """What Dagster gives a process that it starts."""
+    from dagster_pipes import encode_param
+
+    data = {
+        "asset_keys": [name],
+        "code_version_by_asset_key": {name: "1"},
+        "provenance_by_asset_key": {name: None},
+        "partition_key": None,
+        "partition_key_range": None,
+        "partition_time_window": None,
+        "run_id": "run",
+        "job_name": None,
+        "retry_number": 0,
+        "extras": {},
+    }
+    return {"DAGSTER_PIPES_CONTEXT": encode_param({"data": data}), "DAGSTER_PIPES_MESSAGES": encode_param({})}
+
+
+def messages(url: str) -> list[dict[str, Any]]:
+    told = S3Files(f"{url}/messages")
+    names = told.names()
+    assert names == [f"{number:08d}.json" for number in range(len(names))]
+    return [json.loads(told.read(name, 1 << 20)) for name in names]
+
+
+@pytest.mark.slow
+@pytest.mark.services
+@pytest.mark.timeout(300)
+def test_what_dagster_is_told_arrives_in_order_and_results_once(store: str, tmp_path: Path) -> None:
+    url = pod.submit(request_for(store=store))
+    first = start_pod(url, tmp_path / "first", **pipes("sources"))
+    until(lambda: S3Files(f"{url}/messages").names())
+    first.kill()
+    first.communicate()
+    found = ended(start_pod(url, tmp_path / "second", **pipes("sources")))
+    methods = [message["method"] for message in messages(url)]
+    assert methods[0] == "opened" and methods.count("opened") == 2 and methods[-1] == "closed"
+    assert methods.count("report_asset_materialization") == 1
+    told = next(one for one in messages(url) if one["method"] == "report_asset_materialization")
+    assert told["params"]["data_version"] == found["digest"]
+    assert any("running because" in one["params"]["message"] for one in messages(url) if one["method"] == "log")
+
+
+@pytest.mark.slow
+@pytest.mark.services
+@pytest.mark.timeout(300)
+def test_a_store_that_is_away_for_a_while_costs_a_pod_time_only(server: Weed, store: str, tmp_path: Path) -> None:
+    url = pod.submit(request_for(store=store))
+    process = start_pod(url, tmp_path / "node", **pipes("sources"))
+    until(lambda: S3Files(f"{url}/messages").names())
+    server.kill()
+    time.sleep(8)
+    server.start()
+    assert ended(process)["digest"] == (pod.result(url) or Result()).digest
+    assert [one["method"] for one in messages(url)][-1] == "closed"
+
+
+TRAINING = {"stage1.max_updates": 40, "stage1.epochs": 90, "stage1.checkpoint_every": 1}
+
+
+@pytest.fixture(scope="module")
+def trained_from(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def training_request(store: str, inputs: dict[str, Path], **changes: Any) -> Request:
+    """Stage 1 of a very small model, whose inputs are in the store."""
+    remote, row = Remote(store), stage("stage1_sft")
+    digests = {name: remote.push(inputs[name]).digest for name in row.inputs}
+    recipe = tiny.recipe(**{**TRAINING, **changes}).model_dump(mode="json")
+    return Request(store, row.name, recipe, digests, row.code_digest(CHECKOUT))
+
+
+def copied(url: str) -> list[str]:
+    return [name for name in S3Files(f"{url}/checkpoints").names(".json") if "/" not in name]
+
+
+@pytest.mark.slow
+@pytest.mark.services
+@pytest.mark.timeout(900)
+def test_training_on_a_machine_that_goes_away_goes_on_on_another(
+    store: str, trained_from: dict[str, Path], tmp_path: Path
+) -> None:
+    undisturbed = training_request(f"{store}/undisturbed", trained_from)
+    expected = ended(start_pod(pod.submit(undisturbed), tmp_path / "first", "stage1_sft"))
+    url = pod.submit(training_request(f"{store}/lost", trained_from))
+    killed = start_pod(url, tmp_path / "second", "stage1_sft")
+    until(lambda: copied(url))
+    killed.kill()
+    killed.communicate()
+    reached = copied(url)[-1]
+    evicted = start_pod(url, tmp_path / "third", "stage1_sft")
+    until(lambda: copied(url)[-1] > reached)
+    evicted.terminate()
+    _, said = evicted.communicate(timeout=120)
+    assert evicted.returncode == 75 and "going on after update" in said
+    stopped_at = re.search(r"stopped by a signal after update (\d+)", said)
+    assert stopped_at and copied(url)[-1] == f"checkpoint-{int(stopped_at[1]):08d}.json"
+    last = start_pod(url, tmp_path / "fourth", "stage1_sft")
+    out, said = last.communicate(timeout=240)
+    assert last.returncode == 0 and f"going on after update {stopped_at[1]}" in said
+    assert json.loads(out.splitlines()[-1])["digest"] == expected["digest"]
+    assert S3Files(f"{url}/checkpoints").names() == [], "a finished job needs none"
+
+
+@pytest.mark.slow
+@pytest.mark.services
+@pytest.mark.timeout(600)
+def test_processes_that_torchrun_started_make_one_artifact_together(
+    store: str, trained_from: dict[str, Path], tmp_path: Path
+) -> None:
+    two = {"runtime.processes": 2, "stage1.max_updates": 3, "stage1.accumulation": 1}
+    request = training_request(store, trained_from, **two)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    process = start_pod(pod.submit(request), tmp_path / "node", "stage1_sft", launcher)
+    out, errors = process.communicate(timeout=500)
+    assert process.returncode == 0, errors
+    found = pod.result(request.url)
+    assert found is not None and found.report["summary"]["updates"] == 3
+    assert found.digest in out
+    Remote(store).fetch(found.digest, tmp_path / "model")
+    assert {"model.safetensors", "training_log.parquet"} <= {path.name for path in (tmp_path / "model").iterdir()}
