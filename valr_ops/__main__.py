@@ -230,7 +230,7 @@ def _parser() -> argparse.ArgumentParser:
     promote.add_argument("challenger", metavar="SCORES", help="scores of the new model: a stage or a folder")
     promote.add_argument("--champion", required=True, metavar="SCORES", help="scores of the model to be replaced")
     promote.add_argument("--target", required=True, metavar="BENCHMARK", help="the benchmark that has to rise")
-    promote.add_argument("--delta", type=float, default=0.02, metavar="SHARE", help="loss to risk elsewhere; 0.02")
+    promote.add_argument("--delta", type=float, metavar="SHARE", help="loss to risk elsewhere; 0.02 without it")
     promote.add_argument("--overrule", metavar="REASON", help="promote although the gate refuses; the reason is kept")
     promote.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="a new folder for the decision")
     back = steps.add_parser("rollback", help="give the place back to the champion before; moves the alias only")
@@ -640,7 +640,8 @@ def _promote(options: argparse.Namespace, root: Path) -> int:
         Path(given) if Path(given).is_dir() else folder(root, given) for given in (options.champion, options.challenger)
     )
     confidence = recipes.load(root).evaluation.confidence
-    decision = gate.decide(champion, challenger, options.target, confidence, options.delta)
+    delta = gate.DELTA if options.delta is None else options.delta
+    decision = gate.decide(champion, challenger, options.target, confidence, delta)
     if options.overrule is not None:
         decision = gate.overrule(decision, options.overrule)
     gate.require_champion(decision, lineage.registered(root).champion_digest)

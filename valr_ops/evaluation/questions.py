@@ -248,5 +248,6 @@ def _verify_counts(folder: Folder, items: Sequence[Item], published: dict[str, i
     if different:
         raise folder.error(
             f"{folder.root} is not the whole data set ({', '.join(different[:4])}"
-            f"{f' and {len(different) - 4} more' if len(different) > 4 else ''}); to ask only some, set a limit"
+            f"{f' and {len(different) - 4} more' if len(different) > 4 else ''}); to ask only some, "
+            "set a limit (valr ask: --limit, or --partial for what is there)"
         )

@@ -390,7 +390,7 @@ class Registered:
 
 def registered(root: Path) -> Registered:
     """Versions, aliases and history of the model. Raises `LineageError` where the server is away."""
-    with _asking(root) as client:
+    with _asking(root) as (client, _):
         return _registered(client)
 
 
@@ -405,7 +405,7 @@ def register(root: Path, stage: str, digest: str, inputs: Mapping[str, str]) -> 
     Raises:
         LineageError: the server is away, or refuses.
     """
-    with _asking(root) as client:
+    with _asking(root) as (client, experiment):
         known = _registered(client)
         for version, one in known.digests.items():
             if one == digest:
@@ -416,7 +416,7 @@ def register(root: Path, stage: str, digest: str, inputs: Mapping[str, str]) -> 
             client.create_registered_model(MODEL)
         tags = {"stage": stage, "output.digest": digest, **{f"input.{name}": one for name, one in inputs.items()}}
         runs = client.search_runs(
-            [_experiment(client)], f"tags.`output.digest` = '{digest}'", max_results=1, order_by=["end_time DESC"]
+            [experiment], f"tags.`output.digest` = '{digest}'", max_results=1, order_by=["end_time DESC"]
         )
         made = client.create_model_version(
             MODEL, f"dvc:{digest}", run_id=runs[0].info.run_id if runs else None, tags=tags
@@ -431,7 +431,7 @@ def promote(root: Path, version: str, how: str, reason: str = "", evidence: str 
     Raises:
         LineageError: no such version, or the server is away.
     """
-    with _asking(root) as client:
+    with _asking(root) as (client, _):
         known = _registered(client)
         if version not in known.digests:
             raise LineageError(f"there is no version {version} of {MODEL}; `valr release show` lists them")
@@ -470,9 +470,9 @@ def _registered(client: MlflowClient) -> Registered:
 
 
 @contextmanager
-def _asking(root: Path) -> Iterator[MlflowClient]:
+def _asking(root: Path) -> Iterator[tuple[MlflowClient, str]]:
     try:
-        yield _connect(root)[0]
+        yield _connect(root)
     except LineageError:
         raise
     except Exception as error:
@@ -480,11 +480,6 @@ def _asking(root: Path) -> Iterator[MlflowClient]:
             f"the registry at {_shown(tracking_uri(root))} can't be asked ({_reason(error)}); set MLFLOW_TRACKING_URI, "
             "or start the server, and give the command again"
         ) from None
-
-
-def _experiment(client: MlflowClient) -> str:
-    found = client.get_experiment_by_name(EXPERIMENT)
-    return str(found.experiment_id) if found else "0"
 
 
 def _person(root: Path) -> str:
