@@ -164,6 +164,19 @@ def test_a_disk_that_is_nearly_full_is_told(
     assert _found(project, "disk").status == status
 
 
+def test_what_is_still_to_be_made_has_to_fit_on_the_disk(project: Path) -> None:
+    (project / "params.yaml").write_text("scale: paper\n", encoding="utf-8")
+    local = _found(project, "room")
+    assert local.status == "warning" and "100.0 GiB are free" in local.detail and "valr plan" in local.fix
+    # The checkpoints of a Job are elsewhere.
+    (project / "params.yaml").write_text("scale: paper\ncluster: {dispatch: kubernetes}\n", encoding="utf-8")
+    results = _found(project, "room")
+    needed = [float(found.detail.split("about ")[1].split()[0]) for found in (local, results)]
+    assert needed[0] - needed[1] == pytest.approx(3 * 92 / 1.0737, rel=0.01)
+    (project / "artifacts" / "cot_corpus").mkdir(parents=True)
+    assert _found(project, "room").status == "ok"
+
+
 def test_folders_that_can_not_be_written_are_told(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.os, "access", lambda path, mode: Path(path).name != ".valr")
     assert str(project / ".valr") in _found(project, "permissions").detail

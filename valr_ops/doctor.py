@@ -23,7 +23,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from valr_ops import workspace
-from valr_ops.recipe import recipes
+from valr_ops.recipe import price, recipes
 from valr_ops.recipe.recipe import Recipe, RecipeError
 
 DISTRIBUTION = "valr-ops"
@@ -235,6 +235,7 @@ def _disk(root: Path) -> Iterator[Finding]:
         yield Finding("disk", "warning", detail, "dvc gc --workspace removes old versions of artifacts from the cache")
     else:
         yield Finding("disk", "ok", detail)
+    yield from _room(root, free)
     closed = [path for path in (root, root / ".valr", root / "artifacts", root / ".dvc") if path.exists()]
     closed = [path for path in closed if not os.access(path, os.W_OK | os.X_OK)]
     if closed:
@@ -244,6 +245,26 @@ def _disk(root: Path) -> Iterator[Finding]:
         )
     else:
         yield Finding("permissions", "ok", "the project's folders can be written")
+
+
+def _room(root: Path, free: int) -> Iterator[Finding]:
+    """Whether there is room for all that the recipe still has to make here, as far as its size is known."""
+    try:
+        recipe = recipes.load(root)
+        stages = price.stage_prices(recipe, root)
+    except (RecipeError, price.PriceError):
+        return
+    missing = [one for name, one in stages.items() if not (root / "artifacts" / name).exists()]
+    # A Job has its checkpoints elsewhere, and its result comes home.
+    here = [one for one in missing if not (one.gpus and recipe.cluster.dispatch == "kubernetes")]
+    results = sum(one.result_bytes for one in missing)
+    needed = results + max((one.written_bytes - one.result_bytes for one in here), default=0)
+    detail = f"artifacts that are not made yet and checkpoints take about {needed / GIB:,.1f} GiB"
+    if needed > free:
+        fix = "free some, or take fewer records (data.sources.NAME.cap); valr plan says how much each stage writes"
+        yield Finding("room", "warning", f"{detail}, and {free / GIB:,.1f} GiB are free", fix)
+    else:
+        yield Finding("room", "ok", detail)
 
 
 def _ports(root: Path) -> Iterator[Finding]:

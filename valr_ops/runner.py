@@ -7,20 +7,22 @@ expectations, and only then publish, record and report it; a stage that dies lea
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from filelock import FileLock
 
-from valr_ops.recipe import recipes
+from valr_ops.recipe import price, recipes
 from valr_ops.recipe.recipe import Recipe, read
 from valr_ops.stages import RECIPE_FILE, STAGES, Stage, stage, upstream
 from valr_ops.store import lineage
@@ -34,10 +36,11 @@ from valr_ops.store.artifacts import (
     directory_digest,
     folder,
     project_root,
-    publish,
+    published,
     read_manifest,
     write_manifest,
 )
+from valr_ops.store.objects import DiskFullError, disk_full
 from valr_ops.store.progress import Progress, ShowingProgress, open_progress
 
 
@@ -63,13 +66,22 @@ class PartError(ValueError):
     """A part of a stage that has no parts."""
 
 
-def run(name: str, overrides: Mapping[str, Any] | None = None, *, force: bool = False) -> Outcome:
+def run(
+    name: str, overrides: Mapping[str, Any] | None = None, *, force: bool = False, recorded: bool = True
+) -> Outcome:
     """Make the artifact of one stage, unless what it depends on stands unchanged in dvc.lock.
+
+    Args:
+        name: of the stage.
+        overrides: dotted names and values that go before params.yaml.
+        force: make it even so.
+        recorded: False leaves DVC's part, what is out of date and the record of it, to an orchestrator: it is made.
 
     Raises:
         RecipeError: params.yaml or an override is wrong.
         ArtifactError: an input is missing, edited or out of date.
         CheckFailedError: an expectation failed on what the stage made.
+        DiskFullError: there was no room; the same call goes on once there is.
         Any error of the stage function, with everything left as it was.
     """
     started = time.monotonic()
@@ -77,11 +89,11 @@ def run(name: str, overrides: Mapping[str, Any] | None = None, *, force: bool = 
     row = stage(name)
     with FileLock(_state(root, "locks") / f"{name}.lock"):
         progress = open_progress(root, name)
-        try:
+        with _failure_told(root, name, progress):
+            if not recorded:
+                why = ("an orchestrator asked for it",)
+                return _make(root, row, _recipe_of_artifact(root, row), None, why, progress, started)
             return _run(root, row, overrides or {}, force, progress, started)
-        except BaseException as error:
-            progress.failed(_sentence(error))
-            raise
 
 
 def run_part(
@@ -100,7 +112,7 @@ def run_part(
         able = ", ".join(one.name for one in STAGES if one.splits)
         raise PartError(f"{name} has no parts; --part is for {able}")
     progress = open_progress(root, f"{name}.{part[0]}")
-    try:
+    with _failure_told(root, name, progress):
         refresh_recipe(root, overrides or {})
         ledger, recipe = Ledger(root), _recipe_of_artifact(root, row)
         states = ledger.states([*row.inputs, name])
@@ -110,9 +122,6 @@ def run_part(
             return _found(root, row, ledger, "hit", (), progress, started)
         context = _context(root, row, recipe, progress, out=root, part=part)
         report: StageReport = row.load()(context)
-    except BaseException as error:
-        progress.failed(_sentence(error))
-        raise
     progress.finished("made", f"part {part[0]} of {part[1]}")
     return Outcome(name, "made", "", (), time.monotonic() - started, report, {})
 
@@ -202,16 +211,23 @@ def _make(
     progress: ShowingProgress,
     started: float,
 ) -> Outcome:
+    planned = _planned(recipe, row, root)
+    _require_room(root, row, planned, progress)
     staged = _fresh(_state(root, "staging") / row.name)
     progress.say(f"running because {'; '.join(reasons)}")
     context = _context(root, row, recipe, progress, staged)
+    went_on, began = any(context.work.iterdir()), time.monotonic()
     report: StageReport = row.load()(context)
+    # Training says it itself. The seconds of a run that went on are not those of the whole stage.
+    if row.resources == "gpu" and planned is not None and not went_on and "actual_seconds" not in report.timings:
+        took = price.against_plan(planned, time.monotonic() - began)
+        report = replace(report, timings={**report.timings, **took})
     _audit(root, row, staged, report, progress)
     write_manifest(staged, row.name, report)
-    publish(staged, folder(root, row.name), _state(root, "trash") / row.name)
-    digest = ledger.commit(row.name) if ledger else directory_digest(folder(root, row.name))
+    with published(staged, folder(root, row.name), _state(root, "trash") / row.name):
+        digest = ledger.commit(row.name) if ledger else directory_digest(folder(root, row.name))
     shutil.rmtree(context.work, ignore_errors=True)
-    input_digests = {needed: _recorded(root, needed) for needed in row.inputs}
+    input_digests = _recorded(root, row.inputs)
     outcome = Outcome(row.name, "made", digest, reasons, time.monotonic() - started, report, input_digests)
     url = lineage.record(
         root,
@@ -239,6 +255,31 @@ def _make(
     progress.finished(outcome.how, digest)
     progress.materialized(report, digest, folder(root, row.name), how="made", tracking_url=url)
     return outcome
+
+
+def _planned(recipe: Recipe, row: Stage, root: Path) -> price.Price | None:
+    """What the stage is said to cost, or None where that is not known."""
+    try:
+        return price.price(recipe, row.name, root)
+    except price.PriceError:
+        return None
+
+
+def _require_room(root: Path, row: Stage, planned: price.Price | None, progress: Progress) -> None:
+    """Raise `DiskFullError` before hours are spent on what will not fit; only tell where its size is an assumption."""
+    if planned is None:
+        return
+    left = (_state(root, "work") / row.name).rglob("*")
+    needed = planned.written_bytes - sum(path.stat().st_size for path in left if path.is_file())
+    free = shutil.disk_usage(root).free
+    if needed <= free:
+        return
+    if row.resources == "gpu":
+        raise disk_full(root, f"{row.name} with its checkpoints", needed)
+    progress.say(
+        f"about {needed / 2**30:,.0f} GiB will be written by the recipe's assumptions (price.image_bytes), and "
+        f"{free / 2**30:,.0f} GiB are free"
+    )
 
 
 def _context(
@@ -302,6 +343,46 @@ def _audit(root: Path, row: Stage, staged: Path, report: StageReport, progress: 
         )
 
 
+@contextmanager
+def _failure_told(root: Path, name: str, progress: ShowingProgress) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        full = _disk_full(root, name, error)
+        progress.failed(_sentence(full or error))
+        if full is not None:
+            raise full from error
+        raise
+
+
+def _disk_full(root: Path, name: str, error: BaseException) -> DiskFullError | None:
+    """The error of a stage that found no room; what it had half written is removed, so that there is some again."""
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
+    if isinstance(error, DiskFullError) or not any(_wants_room(one, root) for one in chain):
+        return None
+    named = next((one.filename for one in chain if isinstance(one, OSError) and isinstance(one.filename, str)), "")
+    disk = Path(named).absolute().parent if named else root
+    free = shutil.disk_usage(disk if disk.is_dir() else root).free / 2**20
+    shutil.rmtree(root / ".valr" / "staging" / name, ignore_errors=True)
+    return DiskFullError(
+        f"{name}: the disk of {disk} is full ({free:,.1f} MiB were free at the end); make room there, for instance by "
+        "`dvc gc --workspace`, which deletes older versions of artifacts, and run the same command again. The artifact "
+        "and its record are as they were, and nothing half-written stays"
+    )
+
+
+def _wants_room(error: BaseException, root: Path) -> bool:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    # Libraries in other languages, SQLite and child processes tell by words.
+    said = str(error)
+    if any(words in said for words in ("No space left on device", "disk is full", "Disk quota exceeded")):
+        return True
+    return "disk I/O error" in said and shutil.disk_usage(root).free < 2**20
+
+
 def _require(needed: str, by: str, state: State) -> None:
     mend = f"valr materialize +{by}"
     if not state.exists:
@@ -355,11 +436,12 @@ def _recipe_of_artifact(root: Path, row: Stage) -> Recipe:
     return recipes.load(root) if row.name == "recipe" else read_recipe(root)
 
 
-def _recorded(root: Path, name: str) -> str:
+def _recorded(root: Path, names: tuple[str, ...]) -> dict[str, str]:
+    """The recorded digests of the named artifacts; empty for one that has none."""
     lock = root / "dvc.lock"
-    stages = (_yaml(lock) or {}).get("stages", {}) if lock.is_file() else {}
-    outs = stages.get(name, {}).get("outs", [])
-    return str(outs[0].get("md5", "")) if outs else ""
+    stages = (_yaml(lock) or {}).get("stages", {}) if names and lock.is_file() else {}
+    outs = {name: stages.get(name, {}).get("outs", []) for name in names}
+    return {name: str(found[0].get("md5", "")) if found else "" for name, found in outs.items()}
 
 
 def _parameters(recipe: Recipe, row: Stage) -> dict[str, Any]:

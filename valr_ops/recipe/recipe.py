@@ -528,6 +528,8 @@ class ClusterRecipe(_Values):
     """Paper silent; which Pods make room for which, null for the cluster's default."""
     nodes: PositiveInt = 1
     """Paper: table 7, one node; training divides runtime.processes among them, one GPU a process."""
+    gang: Literal["indexed_job", "jobset"] = "indexed_job"
+    """Paper silent; what training on several nodes is: an Indexed Job, which every cluster knows, or a JobSet."""
     cpu: Quantity = "2"
     """Paper silent; cores of a Pod."""
     memory: Quantity = "8Gi"
@@ -580,17 +582,34 @@ class PriceRecipe(_Values):
     """Paper silent; memory of that GPU which the driver leaves to a process, of 80 GiB."""
     gpu_bytes_per_second: PositiveFloat = 2.0e12
     """Paper silent; its memory bandwidth by the data sheet."""
-    dollars_per_gpu_hour: Span = (1.8, 4.1)
-    """Paper silent; what clouds ask for an A100 by the hour, up to 32.77 for eight (p4d.24xlarge); set what you pay."""
+    dollars_per_gpu_hour: Span = (1.5, 4.1)
+    """Paper silent; set what you pay. On demand an A100 of 80 GB cost 1.49 to 2.49 an hour at smaller clouds early in
+    2026 (pricegpu.pages.dev), 2.45 at RunPod in March 2026 (deploybase.ai), and 4.10 was an eighth of Amazon's
+    p4d.24xlarge, 32.77, in 2024 (xither.com), before it was lowered in June 2025."""
     utilisation: Span = (0.25, 0.5)
     """Paper silent; computed FLOPs, activations computed again included, over the dense peak. We measured 0.26 with
     micro-batches of two records on an H200 (perf: gpu_stage1_utilisation) and take one half as the best."""
     bandwidth_utilisation: Span = (0.3, 0.6)
     """Paper silent; bytes of weights over bandwidth where positions are computed one by one. We measured 0.31 on an
     H200 (perf: gpu_latent_step), and 0.6 is the goal."""
+    eager_step_seconds: Span = (0.025, 0.039)
+    """Paper silent; the least that one pass over the blocks takes with latents.method=sequential, whose small products
+    are launched one by one: 28 to 36 blocks of about a millisecond. A slot of Qwen2.5-VL-3B took 0.1 s on an H200,
+    three of them (perf: gpu_step_sequential_1)."""
     cpu_flops_per_second: PositiveFloat = 8e10
     """Paper silent; what a core multiplies in float32 at most, in place of a GPU's peak. At scale tiny stage 1 reached
     0.36 of it and stage 2, whose slots come one by one, 0.15."""
+    images_per_second: Span = (300.0, 700.0)
+    """Paper silent; images that two cores decode, for cot_corpus to check or for a model to be asked about; we measured
+    694 (perf: images_per_second) and take less than half for large ones."""
+    records_per_second: Span = (1500.0, 11000.0)
+    """Paper silent; rows that cot_corpus reads, checks and writes on two cores without their images; we measured 11,300
+    of 450,000 (perf: corpus_450000_seconds), and rows of a line of text are the shortest."""
+    rewritten_per_second: Span = (40.0, 400.0)
+    """Paper silent; records that latent_corpus rewrites on two cores; at scale tiny 90, start included."""
+    start_seconds: Span = (5.0, 60.0)
+    """Paper silent; from the start of a stage's process to its first work: imports took 9 to 20 s on a CPU, and the
+    weights are read from disk."""
     disk_bytes_per_second: Span = (5e8, 2e9)
     """Paper silent; one process writing a checkpoint or reading inputs on a node's disk."""
     network_bytes_per_second: Span = (2.5e8, 1.25e9)
@@ -599,7 +618,8 @@ class PriceRecipe(_Values):
     """Paper silent; from the notice of a preemption to its end; clouds give 30 to 120 s."""
     full_feedback_hops: PositiveInt = 12
     """Paper silent; hops after which latents.feedback_gradient=full with two_pass may stop, because one more changes
-    less than bfloat16 holds; between 8 and 16 with random weights (perf: gradient_error_hops*). At most all slots."""
+    less than states in bfloat16 hold; between 8 and 16 with random weights (perf: gradient_error_hops*). At most, and
+    with weights in float32 always, all slots."""
     images_per_record: PositiveFloat = 4.0
     """Paper silent; before there is a corpus: one or two images for 295 thousand records, about eight views for 155."""
     image_pixels: PositiveInt = 640 * 480
@@ -616,6 +636,30 @@ class PriceRecipe(_Values):
     """Paper silent; before there is a corpus: the longest chains of Zebra-CoT."""
     answer_tokens: PositiveInt = 300
     """Paper silent; among the lengths of figure 2; an answer of evaluation.max_new_tokens tokens is the most."""
+
+
+class ReleaseRecipe(_Values):
+    """Which model is put forward as champion, and what the gate asks of it. No artifact depends on this section."""
+
+    challenger: Literal["sft", "valr_s", "valr_m"] = "valr_m"
+    """Paper: section 4, its best model; the one whose scores go through the gate."""
+    baseline: Literal["base", "sft", "valr_s"] | None = "sft"
+    """Paper: table 1, the model without latents; with its scores the first challenger is compared, null for none."""
+    target: Name = "vsi_bench"
+    """Paper: table 1, VSI-Bench; the benchmark that has to rise."""
+    delta: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.02
+    """Paper silent; the largest loss, as a share of the full score, that may be risked on any other benchmark."""
+    automatic: bool = False
+    """Paper silent; whether the pipeline may move the alias champion where the gate lets a challenger through."""
+
+    @model_validator(mode="after")
+    def _two_models_are_compared(self) -> ReleaseRecipe:
+        if self.challenger == self.baseline:
+            raise ValueError(
+                f"challenger and baseline are both {self.challenger}, which can't win against itself; set "
+                "release.baseline to another model, or to null"
+            )
+        return self
 
 
 class Variant(_Values):
@@ -664,6 +708,8 @@ class Recipe(_Values):
     """Paper silent; where stages run, which no result depends on."""
     price: PriceRecipe = PriceRecipe()
     """Paper silent; what a stage may cost, and what is assumed to say so before it runs."""
+    release: ReleaseRecipe = ReleaseRecipe()
+    """Paper silent; who may become champion, which no result depends on."""
     variants: Table[Variant] = {}
     """Paper: tables 3 to 6, 9, 11, 12 and figure 3, one entry a trained model."""
 

@@ -94,7 +94,7 @@ def tiny() -> Recipe:
 def small() -> Recipe:
     """One GPU: Qwen2.5-VL-3B with the paper's global batch, and its blocks at the paper's relative depths."""
     # The global batch in larger pieces: with two records at a time a GPU waits for its launches (perf/README.md).
-    training = TrainingRecipe(learning_rate=1e-5, micro_batch=8, accumulation=16, precision="bfloat16")
+    training = TrainingRecipe(learning_rate=1e-5, micro_batch=4, accumulation=32, precision="bfloat16")
     return Recipe(
         scale="small",
         data=DataRecipe(sources=_public_sources()),
@@ -111,7 +111,9 @@ def small() -> Recipe:
         stage2=training.model_copy(update={"learning_rate": 2e-6}),
         evaluation=EvaluationRecipe(batch_size=32, max_new_tokens=2048, benchmarks=_public_benchmarks()),
         runtime=RuntimeRecipe(device="cuda"),
-        cluster=ClusterRecipe(cpu="8", memory="64Gi", shared_memory="8Gi", scratch="200Gi", grace_seconds=300),
+        cluster=ClusterRecipe(
+            cpu="8", memory="64Gi", shared_memory="8Gi", scratch="400Gi", grace_seconds=300, deadline_hours=168
+        ),
         variants=_named_models() | _table_cells(front_block=5, last_block=35),
     )
 
@@ -131,9 +133,12 @@ def paper() -> Recipe:
         teachers=_vit_large_teachers() | {"qwen": _own_encoder("Apache-2.0")},
         stage1=training,
         stage2=training.model_copy(update={"learning_rate": 2e-6}),
-        evaluation=EvaluationRecipe(batch_size=32, max_new_tokens=2048, benchmarks=_public_benchmarks()),
+        # In float32, as studies compute, 32 questions about videos need more than 80 GB.
+        evaluation=EvaluationRecipe(batch_size=24, max_new_tokens=2048, benchmarks=_public_benchmarks()),
         runtime=RuntimeRecipe(device="cuda", processes=4),
-        cluster=ClusterRecipe(cpu="32", memory="400Gi", shared_memory="32Gi", scratch="1000Gi", grace_seconds=600),
+        cluster=ClusterRecipe(
+            cpu="32", memory="400Gi", shared_memory="32Gi", scratch="1000Gi", grace_seconds=600, deadline_hours=168
+        ),
         variants=_named_models() | _table_cells(front_block=4, last_block=27),
     )
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -130,7 +131,7 @@ def _records(recipe: Recipe, name: str, source: SourceRecipe) -> int:
 
 
 def counted_corpus(recipe: Recipe, cot_corpus: Path, latent_corpus: Path) -> Corpus | None:
-    """The corpus as its own reports count it, or None where one of them is missing.
+    """The corpus as its own reports count it, or None where one of them is missing or of another version.
 
     Args:
         recipe: for the share of the text that is trained on, which no report counts.
@@ -138,8 +139,12 @@ def counted_corpus(recipe: Recipe, cot_corpus: Path, latent_corpus: Path) -> Cor
     """
     try:
         read, written = (json.loads((one / "report.json").read_text("utf-8")) for one in (cot_corpus, latent_corpus))
-    except FileNotFoundError:
+        return _counted(recipe, read, written, latent_corpus.name)
+    except (FileNotFoundError, KeyError):
         return None
+
+
+def _counted(recipe: Recipe, read: Mapping[str, Any], written: Mapping[str, Any], name: str) -> Corpus:
     sequences, segments = written["sequences"], written["segments"]
     sources = written["sources"].values()
     text = sum(source["text_tokens_estimated"] for source in read["sources"].values()) / read["records"]
@@ -158,21 +163,25 @@ def counted_corpus(recipe: Recipe, cot_corpus: Path, latent_corpus: Path) -> Cor
         aimed=1 - written["segments_without_target"] / segments if segments else 0.0,
         targets=written["targets"],
         test=sum(source["test"]["kept"] for source in read["sources"].values() if source["format"] == "jsonl"),
-        origin=f"counted in {latent_corpus.name}: {sequences:,} sequences, {written['tokens']:,} tokens",
+        origin=f"counted in {name}: {sequences:,} sequences, {written['tokens']:,} tokens",
         counted=True,
     )
 
 
 def made_corpus(recipe: Recipe, project: Path | None) -> Corpus | None:
-    """The project's corpora, if dvc.lock says that they were made from the recipe's data and its model's tokens."""
+    """The project's corpora, if dvc.lock says that they were made from the recipe's data and its model's tokens.
+
+    In the folder of a Job it names digests only, and what is there was sent with the recipe.
+    """
     lock = None if project is None else project / "dvc.lock"
     if lock is None or not lock.is_file():
         return None
     made = yaml.load(lock.read_text("utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))["stages"]
     wanted = recipe.model_dump(mode="json")
-    for name, section in (("cot_corpus", "data"), ("base_model", "base")):
-        if made.get(name, {}).get("params", {}).get(RECIPE_FILE, {}).get(section) != wanted[section]:
-            return None
+    if any("params" in one for one in made.values()):
+        for name, section in (("cot_corpus", "data"), ("base_model", "base")):
+            if made.get(name, {}).get("params", {}).get(RECIPE_FILE, {}).get(section) != wanted[section]:
+                return None
     return counted_corpus(recipe, lock.parent / "artifacts" / "cot_corpus", lock.parent / "artifacts" / "latent_corpus")
 
 
@@ -181,14 +190,18 @@ def questions(recipe: Recipe, corpus: Corpus) -> Iterable[tuple[int, float]]:
     for name, benchmark in recipe.evaluation.benchmarks.items():
         layout = benchmark.format or name
         shown = recipe.evaluation.frames if layout == "vsi_bench" else 2.0 if layout == "blink" else 1.0
-        yield _items(name, layout, benchmark), shown
+        yield _at_most(_items(name, layout, benchmark), recipe.evaluation.limit), shown
     if corpus.test:
-        yield round(corpus.test), 1.0
+        yield _at_most(round(corpus.test), recipe.evaluation.limit), 1.0
+
+
+def _at_most(items: int, limit: int | None) -> int:
+    return items if limit is None else min(items, limit)
 
 
 def _items(name: str, layout: str, benchmark: BenchmarkRecipe) -> int:
     if benchmark.path is None:
-        return benchmark.drawn
+        return _at_most(benchmark.drawn, benchmark.limit)
     known = [count for count in (benchmark.limit, PUBLISHED_ITEMS.get(layout)) if count is not None]
     if not known:
         raise PriceError(f"how many questions evaluation.benchmarks.{name} has is not known; set its limit")

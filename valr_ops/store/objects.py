@@ -16,6 +16,7 @@ import io
 import os
 import re
 import shutil
+import sys
 import tempfile
 import threading
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, ParamSpec, Protocol, TypeVar
 
-from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -69,7 +70,9 @@ class TakenError(StorageError):
 
 
 class DiskFullError(StorageError):
-    """No room on the local disk."""
+    """No room on the local disk; the same call goes on once there is some."""
+
+    exit_status = 1
 
 
 def patiently(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -78,9 +81,15 @@ def patiently(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         retry=retry_if_exception_type(UnreachableError),
         wait=wait_exponential_jitter(initial=1, max=30),
         stop=stop_after_attempt(_PATIENT_ATTEMPTS),
+        before_sleep=_tell_away,
         reraise=True,
     )
     return again(call, *args, **kwargs)
+
+
+def _tell_away(state: RetryCallState) -> None:
+    if state.attempt_number == 1 and state.outcome:
+        print(f"the store is asked again for some minutes: {state.outcome.exception()}", file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)

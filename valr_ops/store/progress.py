@@ -18,7 +18,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -357,7 +357,9 @@ class ShowingProgress(Progress):
         self._last_status_file = monotonic()
         # Nested counts come and go; the outermost one knows when the work ends.
         status = self._now(self._counts[0]) if self._counts else self._status
-        _write_status(self._status_file, replace(status, seconds=round(monotonic() - self._began, 3)))
+        # On a full disk only its readers miss it, and how a stage failed must still be said.
+        with suppress(OSError):
+            _write_status(self._status_file, replace(status, seconds=round(monotonic() - self._began, 3)))
 
 
 def open_progress(root: Path, stage: str) -> ShowingProgress:
