@@ -9,6 +9,7 @@ import dagster as dg
 from assets.ablation import ablation as ablation_asset
 from assets.dispatch import StageRunner
 from assets.factory import stage_assets
+from assets.promotion import promotion
 from pipelines.jobs import ablation, corpus, everything
 from pipelines.schedules import weekly
 from pipelines.sensors import failed_run, new_data, stale_report
@@ -23,7 +24,7 @@ PRELOADED = [
 Alembic in it, a step takes 1 s longer. Where one of them is not there any more, the step imports what it needs."""
 
 defs = dg.Definitions(
-    assets=[*stage_assets, ablation_asset],
+    assets=[*stage_assets, ablation_asset, promotion],
     jobs=[everything, corpus, ablation],
     schedules=[weekly],
     sensors=[new_data, stale_report, failed_run],

@@ -226,16 +226,30 @@ def _parser() -> argparse.ArgumentParser:
 
     release = verb("release", _release, "which model is champion: promote one through the gate, roll back, or show")
     steps = release.add_subparsers(dest="step", metavar="STEP", required=True)
-    promote = steps.add_parser("promote", help="let the gate decide whether a scored model becomes champion")
-    promote.add_argument("challenger", metavar="SCORES", help="scores of the new model: a stage or a folder")
-    promote.add_argument("--champion", required=True, metavar="SCORES", help="scores of the model to be replaced")
-    promote.add_argument("--target", required=True, metavar="BENCHMARK", help="the benchmark that has to rise")
-    promote.add_argument("--delta", type=float, metavar="SHARE", help="loss to risk elsewhere; 0.02 without it")
-    promote.add_argument("--overrule", metavar="REASON", help="promote although the gate refuses; the reason is kept")
-    promote.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="a new folder for the decision")
+    promote = with_set(steps.add_parser("promote", help="let the gate decide whether a scored model becomes champion"))
+    promote.add_argument(
+        "challenger", nargs="?", metavar="SCORES", help="of the new model: a stage or a folder; the recipe's without it"
+    )
+    promote.add_argument(
+        "--champion", metavar="SCORES", help="instead of those that the champion was registered with, or the baseline's"
+    )
+    promote.add_argument("--target", metavar="BENCHMARK", help="the benchmark that has to rise; release.target")
+    promote.add_argument("--delta", type=float, metavar="SHARE", help="loss to risk on any other; release.delta")
+    moving = promote.add_mutually_exclusive_group()
+    moving.add_argument("--overrule", metavar="REASON", help="promote although the gate refuses; the reason is kept")
+    moving.add_argument("--propose", action="store_true", help="decide and register, but leave the champion as it is")
+    promote.add_argument("--out", type=Path, metavar="FOLDER", help="for the decision; .valr/decisions without it")
     back = steps.add_parser("rollback", help="give the place back to the champion before; moves the alias only")
     back.add_argument("--reason", default="", metavar="TEXT", help="kept in the history")
     steps.add_parser("show", help="versions, aliases and the history of the champion")
+    building = steps.add_parser("build", help="make one folder with which a stranger can use, judge and check a model")
+    building.add_argument("scores", metavar="SCORES", help="of the model: a stage or a folder")
+    building.add_argument("--out", type=Path, metavar="FOLDER", help="the bundle; dist/NAME-DIGEST without it")
+    building.add_argument("--decision", type=Path, metavar="FOLDER", help="the gate's; the one about it without this")
+    building.set_defaults(verb=_build_release, in_project=False)
+    verifying = steps.add_parser("verify", help="check a bundle's files and ask its questions again; needs no project")
+    verifying.add_argument("bundle", type=Path, metavar="BUNDLE", help="the folder")
+    verifying.set_defaults(verb=_verify_release, in_project=False)
 
     verb("doctor", _doctor, "check this machine and say how to mend what is wrong")
     verb("env", _env, 'print the environment for other shells: eval "$(valr env)"')
@@ -377,8 +391,32 @@ def _plan(options: argparse.Namespace) -> int:
                 f"{name}: {records} records an update, {flops:.2g} FLOPs for records of 1,024 positions with one image "
                 f"of 1,024 patches; {held:.3g} GiB a process, activations not counted"
             )
-    _last_line(scale=recipe.scale, fingerprint=recipe.fingerprint, fields=len(rows))
+    prices = {} if options.assumptions else _show_prices(recipe, project_root())
+    _last_line(scale=recipe.scale, fingerprint=recipe.fingerprint, fields=len(rows), **prices)
     return 0
+
+
+def _show_prices(recipe: Any, root: Path) -> dict[str, Any]:
+    """Print what every stage costs; the same as plain values."""
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    from valr_ops.recipe import price
+
+    try:
+        found = price.overview(recipe, root)
+    except price.PriceError as error:
+        print(f"\nNo stage has a price: {error}")
+        return {"unpriced": str(error)}
+    titles = ("on", "hours", "dollars", "GB written", "GB read")
+    columns = (Column(title, no_wrap=True, justify="right") for title in titles)
+    table = Table(Column("stage", overflow="fold"), *columns, box=None, pad_edge=False)
+    for row in found.rows():
+        table.add_row(*row)
+    print()
+    Console().print(table)
+    print("", *found.remarks(), sep="\n")
+    return found.document()
 
 
 def _price(recipe: Any, stage: str, root: Path) -> int:
@@ -421,16 +459,16 @@ def _price(recipe: Any, stage: str, root: Path) -> int:
 def _manifest(recipe: Any, name: str, root: Path) -> int:
     import yaml
 
-    from valr_ops.release import dispatch
+    from valr_ops.release import manifest
     from valr_ops.stages import stage
 
     row = stage(name)
-    request = dispatch.request(row, recipe, root)
-    print(yaml.safe_dump_all(dispatch.manifest(row, recipe, request.url), sort_keys=False, width=1000), end="")
+    request = manifest.request(row, recipe, root)
+    print(yaml.safe_dump_all(manifest.documents(row, recipe, request.url), sort_keys=False, width=1000), end="")
     missing = [needed for needed, digest in request.inputs.items() if not digest]
     if missing:
         print(f"valr: the Job's name will be another one: {', '.join(missing)} not made yet", file=sys.stderr)
-    _last_line(stage=name, job=dispatch.job_name(name, request.url), location=request.url, missing=missing)
+    _last_line(stage=name, job=manifest.job_name(name, request.url), location=request.url, missing=missing)
     return 0
 
 
@@ -619,42 +657,103 @@ def _release(options: argparse.Namespace) -> int:
         _last_line(**asdict(moved))
         return 0
     if options.step == "show":
-        known = lineage.registered(root)
-        named = {version: alias for alias, version in known.aliases.items()}
-        for version, digest in known.digests.items():
-            print(f"{version}  {known.stages[version]}  {digest}  {named.get(version, '')}".rstrip())
-        _last_line(
-            aliases=dict(known.aliases), versions=dict(known.digests), history=[asdict(one) for one in known.history]
-        )
-        return 0
+        return _show_release(lineage.registered(root))
     return _promote(options, root)
+
+
+def _show_release(known: Any) -> int:
+    from dataclasses import asdict
+    from datetime import UTC, datetime
+
+    named = {version: alias for alias, version in known.aliases.items()}
+    for version, digest in known.digests.items():
+        print(f"{version}  {known.stages[version]}  {digest}  {named.get(version, '')}".rstrip())
+    for move in known.history:
+        when = datetime.fromtimestamp(move.at, UTC).strftime("%Y-%m-%d %H:%M")
+        why = f": {move.reason}" if move.reason else ""
+        print(f"{when} UTC  version {move.version} champion, {move.how}, by {move.person or 'someone'}{why}")
+    _last_line(
+        aliases=dict(known.aliases), versions=dict(known.digests), history=[asdict(one) for one in known.history]
+    )
+    return 0
 
 
 def _promote(options: argparse.Namespace, root: Path) -> int:
     from valr_ops.recipe import recipes
     from valr_ops.release import gate
-    from valr_ops.store import lineage
-    from valr_ops.store.artifacts import directory_digest, folder
+    from valr_ops.store.artifacts import folder
 
-    champion, challenger = (
-        Path(given) if Path(given).is_dir() else folder(root, given) for given in (options.champion, options.challenger)
+    asked = {"release.target": options.target, "release.delta": options.delta}
+    recipe = recipes.load(root, _overrides(options) | {key: value for key, value in asked.items() if value is not None})
+
+    def scores(given: str) -> Path:
+        return Path(given) if Path(given).is_dir() else folder(root, given)
+
+    proposal = gate.propose(
+        root,
+        recipe,
+        scores(options.challenger or f"scores_{recipe.release.challenger}"),
+        champion=scores(options.champion) if options.champion else None,
+        reason=options.overrule,
+        moves=not options.propose,
+        out=options.out,
     )
-    confidence = recipes.load(root).evaluation.confidence
-    delta = gate.DELTA if options.delta is None else options.delta
-    decision = gate.decide(champion, challenger, options.target, confidence, delta)
-    if options.overrule is not None:
-        decision = gate.overrule(decision, options.overrule)
-    gate.require_champion(decision, lineage.registered(root).champion_digest)
-    options.out.mkdir(parents=True)
-    gate.write_decision(decision, options.out)
+    if proposal.decision is None:
+        print(f"this model is the champion already, as version {proposal.version}; nothing was decided")
+        _last_line(version=proposal.version, promotes=False, moved=False, decision=None)
+        return 0
+    decision = proposal.decision
     print(gate.markdown(decision))
-    scores = {challenger.name: directory_digest(challenger)}
-    version = lineage.register(root, decision.challenger.artifact, decision.challenger.digest, scores)
-    if decision.promotes:
-        how = "gate" if decision.passes else "overruled"
-        lineage.promote(root, version, how, decision.overruled, directory_digest(options.out))
-    _last_line(version=version, promotes=decision.promotes, reasons=decision.reasons, decision=str(options.out))
+    print(f"version {proposal.version} is {'champion' if proposal.moved else 'challenger; no champion was made'}")
+    _last_line(
+        version=proposal.version,
+        promotes=decision.promotes,
+        moved=proposal.moved,
+        reasons=decision.reasons,
+        too_few=decision.too_few,
+        decision=str(proposal.folder),
+        url=proposal.url,
+    )
     return 0 if decision.promotes else EXIT_REFUSED
+
+
+def _build_release(options: argparse.Namespace) -> int:
+    from valr_ops.release import bundle
+    from valr_ops.store.artifacts import folder, project_root
+    from valr_ops.store.progress import ShowingProgress
+
+    root = project_root()
+    # What is typed counts from here, what the recipe says from the project.
+    scores = Path(options.scores).absolute() if Path(options.scores).is_dir() else folder(root, options.scores)
+    out, decision = (given and given.absolute() for given in (options.out, options.decision))
+    _enter_project()
+    built = bundle.build(root, scores, out, decision, ShowingProgress("release"))
+    for warning in built.warnings:
+        print(f"valr: {warning}", file=sys.stderr)
+    how = "is in" if built.made else "was there already, file by file the same:"
+    print(f"the release {how} {built.folder}: {built.files} files, {built.bytes / 1e6:,.1f} MB")
+    print(f"check it, here or anywhere else: valr release verify {built.folder}")
+    _last_line(
+        bundle=str(built.folder),
+        made=built.made,
+        files=built.files,
+        bytes=built.bytes,
+        warnings=list(built.warnings),
+    )
+    return 0
+
+
+def _verify_release(options: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from valr_ops.release import verifying
+    from valr_ops.store.progress import ShowingProgress
+
+    verdict = verifying.verify(options.bundle, ShowingProgress("verify"))
+    for line in verifying.lines(verdict):
+        print(line)
+    _last_line(**asdict(verdict), bundle=str(options.bundle), agreed=verdict.agreed, passes=verdict.passes)
+    return 0 if verdict.passes else EXIT_REFUSED
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -24,7 +24,7 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -51,6 +51,7 @@ LOCAL_PAGES = "http://127.0.0.1:5000"
 
 _MAX_SPOOLED_FILE_BYTES = 5_000_000
 _LOCK_SECONDS = 60.0
+_ABANDONED_SECONDS = 3600.0
 _PROBE_SECONDS = 3.0
 _COURIER_POLL_SECONDS = 0.05
 _MAX_NOTE_CHARACTERS = 5000
@@ -60,6 +61,18 @@ _LOG = logging.getLogger(__name__)
 
 class LineageError(RuntimeError):
     """The tracking server or the allow-list can't be used; says which and how to mend it."""
+
+
+class RegistryAwayError(LineageError):
+    """The registry did not answer; the same again may find it there."""
+
+    exit_status = 1
+
+
+class ChampionChangedError(LineageError):
+    """Another machine made a champion while this one decided; the same again decides anew."""
+
+    exit_status = 1
 
 
 @dataclass(frozen=True)
@@ -93,6 +106,8 @@ class RunRecord:
     """Markdown tables by title."""
     report: str | None = None
     """HTML page, relative to the artifact."""
+    files: Sequence[str] = ()
+    """Other small files to be kept with the run, relative to the artifact."""
     tags: Mapping[str, str] = field(default_factory=dict)
     """What charts group by: variant, teachers, ``ablation.group`` and the like."""
     datasets: Sequence[str] = ()
@@ -146,18 +161,27 @@ def spool(run: RunRecord, root: Path, fields: Path = FIELDS) -> Path:
         return entry
     partial = entry.with_name(f".{run.id}")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    values = asdict(replace(_allowed(run, fields), metrics_file=None, artifact=Path()))
-    del values["metrics_file"], values["artifact"]
-    (partial / "record.json").write_text(json.dumps(values, sort_keys=True), encoding="utf-8")
-    if run.metrics_file is not None and run.metrics_file.is_file():
-        shutil.copyfile(run.metrics_file, partial / "steps.jsonl")
-    for name in (*run.plots, *([run.report] if run.report else [])):
-        source, copy = run.artifact / name, partial / "files" / name
-        if source.is_file() and source.stat().st_size <= _MAX_SPOOLED_FILE_BYTES:
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, copy)
-    partial.rename(entry)
+    for left in entry.parent.glob(".*"):
+        # By a kill; one that is being written is younger, and may be renamed at any moment.
+        with suppress(FileNotFoundError):
+            if time.time() - left.stat().st_mtime > _ABANDONED_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        values = asdict(replace(_allowed(run, fields), metrics_file=None, artifact=Path()))
+        del values["metrics_file"], values["artifact"]
+        (partial / "record.json").write_text(json.dumps(values, sort_keys=True), encoding="utf-8")
+        if run.metrics_file is not None and run.metrics_file.is_file():
+            shutil.copyfile(run.metrics_file, partial / "steps.jsonl")
+        for name in (*run.plots, *run.files, *([run.report] if run.report else [])):
+            source, copy = run.artifact / name, partial / "files" / name
+            if source.is_file() and source.stat().st_size <= _MAX_SPOOLED_FILE_BYTES:
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, copy)
+        partial.rename(entry)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     return entry
 
 
@@ -285,6 +309,8 @@ class RecordedRun:
     ended: float
     """Seconds since 1970."""
     url: str
+    timings: Mapping[str, float] = field(default_factory=dict)
+    """Seconds and rates of the stage, by the names under which it reported them."""
 
 
 def find_runs(root: Path, tag: str, values: Iterable[str]) -> dict[str, list[RecordedRun]]:
@@ -331,11 +357,20 @@ def _recorded(root: Path, run: Run) -> RecordedRun:
         dagster_run_id=tags.get("dagster.run_id", ""),
         ended=(run.info.end_time or 0) / 1000,
         url=run_url(root, run.info.run_id, run.info.experiment_id),
+        timings={
+            name.removeprefix("timings/"): value
+            for name, value in run.data.metrics.items()
+            if name.startswith("timings/")
+        },
     )
 
 
 MODEL = "valr"
 """The registered model whose versions are all trained models of the project."""
+CHAMPION, CHALLENGER = "champion", "challenger"
+"""Aliases: the version that serves, and the one that was last put forward to take its place."""
+_MOVES = "promotion."
+"""Begin of the tags that hold the history, one a move: ``promotion.NUMBER.ID``."""
 
 
 @dataclass(frozen=True)
@@ -367,11 +402,18 @@ class Registered:
     """Stage that made it, by version."""
     history: Sequence[Promotion]
     """The oldest first."""
+    scores: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """By version, DVC digest of the scores that it was last registered with, by name."""
+
+    @property
+    def champion(self) -> str | None:
+        """The version that has the alias; None while none has."""
+        return self.aliases.get(CHAMPION)
 
     @property
     def champion_digest(self) -> str | None:
         """DVC digest of the champion's weights; None while there is no champion."""
-        return self.digests.get(self.aliases.get("champion", ""))
+        return self.digests.get(self.champion or "")
 
     @property
     def before(self) -> str | None:
@@ -383,9 +425,19 @@ class Registered:
             elif not stack or stack[-1] != move.version:
                 stack.append(move.version)
         # The alias is what counts: its last move may have been cut off before it was written down.
-        if stack and stack[-1] == self.aliases.get("champion"):
+        if stack and stack[-1] == self.champion:
             stack.pop()
         return stack[-1] if stack else None
+
+    @property
+    def withdrawn(self) -> Mapping[str, str]:
+        """The reason, maybe empty, by version that a person rolled back and that was not promoted since."""
+        found: dict[str, str] = {}
+        for last, move in zip([None, *self.history], self.history, strict=False):
+            if move.how == "rolled back" and last:
+                found[last.version] = move.reason
+            found.pop(move.version, None)
+        return found
 
 
 def registered(root: Path) -> Registered:
@@ -394,53 +446,110 @@ def registered(root: Path) -> Registered:
         return _registered(client)
 
 
-def register(root: Path, stage: str, digest: str, inputs: Mapping[str, str]) -> str:
-    """The version of the model with this digest, registered as `challenger` if there is none yet.
+def release_lock(root: Path) -> FileLock:
+    """Held by whoever decides on the champion and moves the alias: on this machine one after the other."""
+    path = root / ".valr" / "locks" / "release.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(path)
+
+
+def register(root: Path, stage: str, digest: str, scores: Mapping[str, str]) -> str:
+    """The version of the model with this digest, registered if there is none yet; it is `challenger` from now on.
+
+    The champion stays what it is, and does not challenge itself.
 
     Args:
         stage: that made it.
         digest: of its folder, as DVC gives it; it is also where the weights are found.
-        inputs: DVC digest of what it was scored on or made from, by stage name.
+        scores: DVC digest of its scores, by stage name; they take the place of those of an earlier registration.
 
     Raises:
         LineageError: the server is away, or refuses.
     """
     with _asking(root) as (client, experiment):
         known = _registered(client)
-        for version, one in known.digests.items():
-            if one == digest:
-                if known.aliases.get("champion") != version:
-                    client.set_registered_model_alias(MODEL, "challenger", version)
-                return version
-        if not client.search_registered_models(f"name = '{MODEL}'"):
-            client.create_registered_model(MODEL)
-        tags = {"stage": stage, "output.digest": digest, **{f"input.{name}": one for name, one in inputs.items()}}
-        runs = client.search_runs(
-            [experiment], f"tags.`output.digest` = '{digest}'", max_results=1, order_by=["end_time DESC"]
-        )
-        made = client.create_model_version(
-            MODEL, f"dvc:{digest}", run_id=runs[0].info.run_id if runs else None, tags=tags
-        )
-        client.set_registered_model_alias(MODEL, "challenger", str(made.version))
-        return str(made.version)
+        version = next((version for version, one in known.digests.items() if one == digest), None)
+        if version is None:
+            if not client.search_registered_models(f"name = '{MODEL}'"):
+                client.create_registered_model(MODEL)
+            runs = client.search_runs(
+                [experiment], f"tags.`output.digest` = '{digest}'", max_results=1, order_by=["end_time DESC"]
+            )
+            made = client.create_model_version(
+                MODEL,
+                f"dvc:{digest}",
+                run_id=runs[0].info.run_id if runs else None,
+                tags={"stage": stage, "output.digest": digest},
+            )
+            version = str(made.version)
+        if scores:
+            client.set_model_version_tag(MODEL, version, "scores", json.dumps(dict(scores), sort_keys=True))
+        if known.champion != version:
+            client.set_registered_model_alias(MODEL, CHALLENGER, version)
+        return version
 
 
-def promote(root: Path, version: str, how: str, reason: str = "", evidence: str = "") -> Promotion:
-    """Move the alias `champion` to `version`, and write down who did it, when and why; nothing else changes.
+def show_decision(root: Path, version: str, page: str, evidence: str) -> None:
+    """Put what was decided on a version onto its page in the registry.
+
+    Args:
+        page: in Markdown; the page takes its beginning.
+        evidence: digest of the decision's folder.
 
     Raises:
-        LineageError: no such version, or the server is away.
+        LineageError: the server is away, or refuses.
+    """
+    with _asking(root) as (client, _):
+        client.update_model_version(MODEL, version, redacted(page)[:_MAX_NOTE_CHARACTERS])
+        client.set_model_version_tag(MODEL, version, "decision", evidence)
+
+
+def promote(
+    root: Path, version: str, how: str, reason: str = "", evidence: str = "", seen: Registered | None = None
+) -> Promotion:
+    """Move the alias `champion` to `version`, and write down who did it, when and why; nothing else changes.
+
+    MLflow can't compare an alias and set it in one step. Two machines that move it within the same moment both do, and
+    at least one of them is told by the history that both have written.
+
+    Args:
+        seen: what the registry said when this was decided; nothing is moved where the champion is another one now.
+
+    Raises:
+        ChampionChangedError: another champion than `seen`.
+        LineageError: no such version, another move at the same moment, or the server is away.
     """
     with _asking(root) as (client, _):
         known = _registered(client)
         if version not in known.digests:
             raise LineageError(f"there is no version {version} of {MODEL}; `valr release show` lists them")
+        if seen is not None and known.champion != seen.champion:
+            raise ChampionChangedError(
+                f"nothing was moved: when this was decided the champion was {_named(seen)}, and now it is "
+                f"{_named(known)}; give the command again, and it is decided about that one"
+            )
         move = Promotion(version, how, redacted(reason), evidence, _person(root), time.time())
-        client.set_registered_model_alias(MODEL, "champion", version)
-        if known.aliases.get("challenger") == version:
-            client.delete_registered_model_alias(MODEL, "challenger")
-        client.set_registered_model_tag(MODEL, f"promotion.{len(known.history):06d}", json.dumps(asdict(move)))
+        number = f"{_MOVES}{len(known.history):06d}."
+        own = f"{number}{uuid.uuid4().hex[:8]}"
+        client.set_registered_model_alias(MODEL, CHAMPION, version)
+        if known.aliases.get(CHALLENGER) == version:
+            client.delete_registered_model_alias(MODEL, CHALLENGER)
+        client.set_registered_model_tag(MODEL, own, json.dumps(asdict(move)))
+        tags = client.get_registered_model(MODEL).tags
+        rivals = [value for name, value in tags.items() if name.startswith(number) and name != own]
+        if rivals:
+            rival = Promotion(**json.loads(rivals[0]))
+            raise LineageError(
+                f"version {version} was made champion by {move.person}, and at the same moment version {rival.version} "
+                f"by {rival.person}; the champion is now {_named(_registered(client))}. If it should be the other one, "
+                "promote that again"
+            )
         return move
+
+
+def _named(known: Registered) -> str:
+    """The champion in words."""
+    return f"version {known.champion}" if known.champion else "nobody"
 
 
 def roll_back(root: Path, reason: str = "") -> Promotion:
@@ -449,10 +558,11 @@ def roll_back(root: Path, reason: str = "") -> Promotion:
     Raises:
         LineageError: there was none before, or the server is away.
     """
-    before = registered(root).before
-    if before is None:
-        raise LineageError("no version was champion before the present one; `valr release show` tells the history")
-    return promote(root, before, "rolled back", reason)
+    with release_lock(root):
+        known = registered(root)
+        if known.before is None:
+            raise LineageError("no version was champion before the present one; `valr release show` tells the history")
+        return promote(root, known.before, "rolled back", reason, seen=known)
 
 
 def _registered(client: MlflowClient) -> Registered:
@@ -460,12 +570,20 @@ def _registered(client: MlflowClient) -> Registered:
     if not found:
         return Registered({}, {}, {}, ())
     versions = sorted(client.search_model_versions(f"name = '{MODEL}'"), key=lambda one: int(one.version))
-    moves = sorted((name, value) for name, value in found[0].tags.items() if name.startswith("promotion."))
+    aliases = {alias: str(version) for alias, version in client.get_registered_model(MODEL).aliases.items()}
+    moves = [
+        (name.rpartition(".")[0], Promotion(**json.loads(value)))
+        for name, value in found[0].tags.items()
+        if name.startswith(_MOVES)
+    ]
+    # Of two moves at one moment the one whose alias stands counts as the later.
+    moves.sort(key=lambda row: (row[0], row[1].version == aliases.get(CHAMPION), row[1].at))
     return Registered(
-        aliases={alias: str(version) for alias, version in client.get_registered_model(MODEL).aliases.items()},
+        aliases=aliases,
         digests={str(one.version): one.tags.get("output.digest", "") for one in versions},
         stages={str(one.version): one.tags.get("stage", "") for one in versions},
-        history=[Promotion(**json.loads(value)) for _, value in moves],
+        history=[move for _, move in moves],
+        scores={str(one.version): json.loads(one.tags.get("scores", "{}")) for one in versions},
     )
 
 
@@ -476,7 +594,7 @@ def _asking(root: Path) -> Iterator[tuple[MlflowClient, str]]:
     except LineageError:
         raise
     except Exception as error:
-        raise LineageError(
+        raise RegistryAwayError(
             f"the registry at {_shown(tracking_uri(root))} can't be asked ({_reason(error)}); set MLFLOW_TRACKING_URI, "
             "or start the server, and give the command again"
         ) from None
@@ -678,6 +796,9 @@ def _log_run(client: MlflowClient, experiment_id: str, run: RunRecord, entry: Pa
     for name in run.plots:
         if (entry / "files" / name).is_file():
             client.log_artifact(run_id, str(entry / "files" / name), "plots")
+    for name in run.files:
+        if (entry / "files" / name).is_file():
+            client.log_artifact(run_id, str(entry / "files" / name))
     if run.report and (entry / "files" / run.report).is_file():
         client.log_artifact(run_id, str(entry / "files" / run.report), "report")
     if run.tables:
@@ -699,14 +820,13 @@ def _tags(run: RunRecord) -> dict[str, str]:
         **{f"input.{name}": digest for name, digest in run.input_digests.items()},
         **{f"summary.{name}": value for name, value in run.summary.items() if isinstance(value, str)},
         **run.tags,
-    }
-    for name, value in (("dagster.run_id", run.dagster_run_id), ("command", run.command), ("mlflow.user", run.person)):
-        if value:
-            tags[name] = value
-    if run.tables:
+        "dagster.run_id": run.dagster_run_id or "",
+        "command": run.command,
+        "mlflow.user": run.person,
         # What MLflow shows as the run's description.
-        tags["mlflow.note.content"] = _tables(run)[:_MAX_NOTE_CHARACTERS]
-    return tags
+        "mlflow.note.content": _tables(run)[:_MAX_NOTE_CHARACTERS] if run.tables else "",
+    }
+    return {name: value for name, value in tags.items() if value}
 
 
 def _tables(run: RunRecord) -> str:
