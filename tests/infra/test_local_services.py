@@ -18,7 +18,7 @@ from tests.infra.tools import CHECKOUT
 from tests.project import copy_project
 from tests.store.postgres import free_port
 
-pytestmark = [pytest.mark.services, pytest.mark.slow]
+pytestmark = pytest.mark.services
 
 
 @pytest.fixture
@@ -76,6 +76,7 @@ def _processes_of(root: Path) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_four_servers_start_keep_what_they_hold_and_leave_nothing_running(project: Path) -> None:
     ports = _ports()
     server = _up(project, ports)

@@ -14,11 +14,11 @@ import yaml
 
 from tests.infra import manifests
 from tests.infra.manifests import Objects, amount, containers, of_kind, pods
-from tests.infra.tools import INFRA, output, tool
+from tests.infra.tools import INFRA, PIP, output, tool
 from valr_ops import workspace
 from valr_ops.recipe import recipes
 from valr_ops.recipe.recipe import Recipe
-from valr_ops.release import dispatch
+from valr_ops.release import manifest
 from valr_ops.stages import STAGES
 
 OVERLAYS = {name: INFRA / "k8s" / "overlays" / name for name in ("dev", "prod")}
@@ -32,7 +32,7 @@ def overlay(request: pytest.FixtureRequest) -> str:
 
 @functools.cache
 def _render(overlay: str) -> Objects:
-    kubectl = tool("kubectl", "pip install -c constraints.txt -e '.[infra]'")
+    kubectl = tool("kubectl", PIP)
     return list(yaml.safe_load_all(output(kubectl, "kustomize", OVERLAYS[overlay])))
 
 
@@ -47,7 +47,7 @@ def recipe(overlay: str) -> Recipe:
 
 
 def test_every_object_is_what_the_api_server_takes(objects: Objects) -> None:
-    validate = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is missing; extra infra").validate
+    validate = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is missing; extra dev").validate
     for one in objects:
         validate(one, VERSION, strict=True)
 
@@ -115,8 +115,10 @@ def test_only_the_code_location_has_rights_and_only_those_of_dispatch(objects: O
     verbs = ["create", "get", "list", "watch", "delete"]
     assert role["rules"] == [
         {"apiGroups": ["batch"], "resources": ["jobs"], "verbs": verbs},
+        {"apiGroups": ["jobset.x-k8s.io"], "resources": ["jobsets"], "verbs": verbs},
         {"apiGroups": [""], "resources": ["pods"], "verbs": verbs},
         {"apiGroups": [""], "resources": ["pods/log"], "verbs": ["get"]},
+        {"apiGroups": [""], "resources": ["events"], "verbs": ["list"]},
     ]
     (binding,) = of_kind(objects, "RoleBinding").values()
     assert binding["roleRef"]["name"] == name
@@ -188,7 +190,7 @@ def test_the_quota_has_room_for_the_services_and_the_largest_stage(objects: Obje
         for key in asked:
             asked[key] += sum(amount(one["resources"]["requests"].get(key, "0")) for one in pod["spec"]["containers"])
     training = next(row for row in STAGES if row.group == "training")
-    job = dispatch.manifest(training, recipe, f"{recipe.cluster.bucket}/jobs/{'0' * 16}")[-1]["spec"]
+    job = manifest.documents(training, recipe, f"{recipe.cluster.bucket}/jobs/{'0' * 16}")[-1]["spec"]
     for key, quantity in job["template"]["spec"]["containers"][0]["resources"]["requests"].items():
         asked[key] += job["parallelism"] * amount(quantity)
     assert {key: f"{value:g} asked" for key, value in asked.items() if value > amount(quota[f"requests.{key}"])} == {}
@@ -196,7 +198,7 @@ def test_the_quota_has_room_for_the_services_and_the_largest_stage(objects: Obje
 
 def test_a_stage_passes_the_rules_of_the_services(objects: Objects, recipe: Recipe) -> None:
     training = next(row for row in STAGES if row.group == "training")
-    job = dispatch.manifest(training, recipe, f"{recipe.cluster.bucket}/jobs/{'0' * 16}")[-1]
+    job = manifest.documents(training, recipe, f"{recipe.cluster.bucket}/jobs/{'0' * 16}")[-1]
     template = job["spec"]["template"]
     assert template["metadata"]["labels"]["app.kubernetes.io/component"] == "stage", "the label of network.yaml"
     as_deployment = {"kind": "Deployment", "metadata": {"name": "stage"}, "spec": {"template": template}}
@@ -209,12 +211,6 @@ def test_pods_of_one_job_find_each_other_by_the_service_that_is_there(objects: O
     several = recipe.model_copy(update={"cluster": recipe.cluster.model_copy(update={"nodes": 2})})
     several = several.model_copy(update={"runtime": several.runtime.model_copy(update={"processes": 8})})
     training = next(row for row in STAGES if row.group == "training")
-    made, _ = dispatch.manifest(training, several, f"{recipe.cluster.bucket}/jobs/{'0' * 16}")
-    there = of_kind(objects, "Service")[dispatch.SERVICE]
+    made, _ = manifest.documents(training, several, f"{recipe.cluster.bucket}/jobs/{'0' * 16}")
+    there = of_kind(objects, "Service")[manifest.SERVICE]
     assert there["spec"] == made["spec"]
-
-
-def test_dagster_in_the_cluster_differs_from_a_team_s_machine_only_in_where_it_writes() -> None:
-    here = yaml.safe_load((INFRA / "local" / "dagster-postgres.yaml").read_text())
-    there = yaml.safe_load((INFRA / "k8s" / "base" / "instance" / "dagster.yaml").read_text())
-    assert {key: value for key, value in there.items() if key not in ("compute_logs", "local_artifact_storage")} == here

@@ -12,6 +12,8 @@ import pytest
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 INFRA = CHECKOUT / "infra"
+PIP = "pip install -c constraints.txt -e '.[infra]'"
+"""Where most of them are had from."""
 
 
 def tool(name: str, where: str) -> str:
@@ -27,7 +29,7 @@ def output(
 ) -> str:
     """What a command prints; its words are the failure if it fails."""
     done = subprocess.run(
-        [*map(str, words)], cwd=cwd, env=env, capture_output=True, text=True, check=False, timeout=540
+        [*map(str, words)], cwd=cwd, env=env, capture_output=True, text=True, check=False, timeout=timeout_seconds
     )
     assert done.returncode == 0, f"{words[0]} ended with {done.returncode}:\n{done.stdout}{done.stderr}"
     return done.stdout

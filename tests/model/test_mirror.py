@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.store.weed import Weed, environment, serving
+from tests.store.weed import Weed, environment, shared
 from valr_ops.model import checkpoint
 from valr_ops.model.checkpoint import Mirror, restore
 from valr_ops.store import objects
 from valr_ops.store.objects import S3Files, StorageError
 
-pytestmark = [pytest.mark.services, pytest.mark.slow]
+pytestmark = pytest.mark.services
 
 RUN = {"seed": 0}
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Weed]:
-    with serving(tmp_path_factory.mktemp("weed")) as weed:
-        yield weed
+@pytest.fixture
+def server(request: pytest.FixtureRequest) -> Weed:
+    return shared(request.config)
 
 
 @pytest.fixture
@@ -40,8 +40,14 @@ def write(folder: Path, step: int) -> Path:
     return checkpoint.write(folder, step, iter(tensors), {"run": RUN, "step": step}, keep=1)
 
 
+@functools.cache
+def files(location: str) -> S3Files:
+    """One client for many looks."""
+    return S3Files(location)
+
+
 def mirrored(location: str) -> list[str]:
-    return [name for name in S3Files(location).names(".json") if "/" not in name]
+    return [name for name in files(location).names(".json") if "/" not in name]
 
 
 def until(true: Callable[[], bool]) -> None:
@@ -68,13 +74,13 @@ def test_the_newest_checkpoints_come_back_on_another_machine(location: str, tmp_
     assert said == []
     assert mirrored(location) == ["checkpoint-00000002.json", "checkpoint-00000003.json"]
     # Two of three lists, and of two files each what no kept one has is gone.
-    assert len([name for name in S3Files(location).names() if name.endswith(".dir")]) == 2
+    assert len([name for name in files(location).names() if name.endswith(".dir")]) == 2
     assert restore(tmp_path / "other", [location], said.append)
     assert newest_step(tmp_path / "other") == 3
     assert "checkpoint-00000003 fetched" in said[-1]
     assert restore(tmp_path / "other", [location], said.append) and len(said) == 1, "it is there already"
     checkpoint.discard(location)
-    assert S3Files(location).names() == []
+    assert files(location).names() == []
     assert not restore(tmp_path / "third", [location], said.append)
 
 
@@ -132,11 +138,10 @@ def test_training_goes_on_while_the_store_is_away(
     monkeypatch.setattr(objects, "_ATTEMPTS", 1)
     said: list[str] = []
     with Mirror(tmp_path / "work", location, said.append):
-        server.kill()
-        write(tmp_path / "work", 1)
-        until(lambda: len(said) > 0)
-        write(tmp_path / "work", 2)
-        server.start()
+        with server.away():
+            write(tmp_path / "work", 1)
+            until(lambda: len(said) > 0)
+            write(tmp_path / "work", 2)
         until(lambda: mirrored(location) == ["checkpoint-00000002.json"])
     assert "checkpoint-00000001 is not in the store yet, training goes on meanwhile" in said[0]
 

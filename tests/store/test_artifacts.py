@@ -81,6 +81,41 @@ def test_what_another_process_records_is_seen(root: Path) -> None:
     assert mine.states(["third"])["third"].reasons == ("its command in dvc.yaml changed",)
 
 
+def test_a_record_is_written_to_the_bytes_that_dvc_writes(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dvc import dvcfile
+    from dvc.utils.serialize import modify_yaml
+
+    values = {
+        "rate": 1e-05,
+        "word": "no",
+        "long": "one two " * 20,
+        "many": [{"a": "1e3"}, None, [1.0]],
+        "lines": "a\n\nb\n",
+    }
+    (root / "values.yaml").write_text(yaml.safe_dump(values))
+    stages = yaml.safe_load((root / "dvc.yaml").read_text())
+    stages["stages"]["second"]["params"] = [{"values.yaml": list(values)}]
+    (root / "dvc.yaml").write_text(yaml.safe_dump(stages))
+    lock, texts = root / "dvc.lock", []
+    for by_dvc in (False, True):
+        lock.unlink(missing_ok=True)
+        for name in STAGES:
+            write(root, name, name)
+        for name, content in (("third", "a"), ("second", "b"), ("first", "c"), ("second", "d"), ("third", "e")):
+            write(root, name, content)
+            ledger = Ledger(root)
+            if by_dvc:
+                monkeypatch.setattr(dvcfile, "modify_yaml", modify_yaml)
+            ledger.commit(name)
+            texts.append(lock.read_text())
+    assert texts[:5] == texts[5:]
+    lock.write_text(f"# merged by hand\n{texts[-1]}")
+    write(root, "first", "f")
+    Ledger(root).commit("first")
+    assert lock.read_text().startswith("# merged by hand\n")
+    assert Ledger(root).states(["second"])["second"].reasons == ("input first changed",)
+
+
 def test_a_push_copies_the_named_artifacts_and_no_other(root: Path) -> None:
     config = root / ".dvc" / "config"
     config.write_text("[core]\n    no_scm = true\n    remote = there\n['remote \"there\"']\n    url = ../there\n")

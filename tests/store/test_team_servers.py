@@ -19,12 +19,12 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.project import CHECKOUT, copy_project, digests, environment, valr
+from tests.project import CHECKOUT, copy_project, digests, environment
 from tests.store import postgres, weed
 from tests.store.postgres import PASSWORD, Postgres, free_port
 from tests.store.test_lineage import a_run, runs, spooled
+from valr_ops import workspace
 from valr_ops.store.lineage import find_runs, record
-from valr_ops.workspace import environment as activated
 
 SECONDS_TO_START = 120
 
@@ -36,9 +36,8 @@ def database() -> Iterator[Postgres]:
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[weed.Weed]:
-    with weed.serving(tmp_path_factory.mktemp("weed")) as server:
-        yield server
+def store(request: pytest.FixtureRequest) -> weed.Weed:
+    return weed.shared(request.config)
 
 
 @contextmanager
@@ -104,7 +103,6 @@ def listening(process: psutil.Process) -> set[str]:
     }
 
 
-@pytest.mark.slow
 @pytest.mark.services
 def test_runs_lie_in_postgresql_and_their_files_in_s3_and_nothing_shows_a_secret(
     tracking: tuple[str, psutil.Process, Path],
@@ -134,7 +132,6 @@ def test_runs_lie_in_postgresql_and_their_files_in_s3_and_nothing_shows_a_secret
     assert listening(server) == {"127.0.0.1"}
 
 
-@pytest.mark.slow
 @pytest.mark.services
 def test_a_restart_of_postgresql_during_training_costs_one_line_and_no_metric(
     tracking: tuple[str, psutil.Process, Path], database: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -166,7 +163,6 @@ def test_a_restart_of_postgresql_during_training_costs_one_line_and_no_metric(
     assert [(point.step, point.value) for point in history] == [(row["step"], 1 / row["step"]) for row in rows]
 
 
-@pytest.mark.slow
 @pytest.mark.services
 @pytest.mark.parametrize(
     ("given", "said"),
@@ -189,13 +185,12 @@ def team_project(database: Postgres, tmp_path_factory: pytest.TempPathFactory) -
     """A project whose Dagster instance is in PostgreSQL, and the environment of a shell in it."""
     pytest.importorskip("dagster_postgres", reason="the extra `team` is not installed")
     root = copy_project(tmp_path_factory.mktemp("team") / "project")
-    valr(root, "env")
+    workspace.prepare(root)
     shutil.copyfile(root / "infra" / "local" / "dagster-postgres.yaml", root / ".valr" / "dagster" / "dagster.yaml")
     address = database.create("dagster").replace("postgresql:", "postgresql+psycopg2:")
-    return root, environment(root) | activated(root) | {"VALR_DAGSTER_DATABASE": address}
+    return root, environment(root) | workspace.environment(root) | {"VALR_DAGSTER_DATABASE": address}
 
 
-@pytest.mark.slow
 @pytest.mark.services
 def test_dagster_records_in_postgresql_and_its_pages_outlive_a_restart_of_it(
     team_project: tuple[Path, dict[str, str]], database: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -9,11 +9,14 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 ACCESS, SECRET = "tester", "a-secret-for-tests-only"
 
@@ -37,6 +40,8 @@ class Weed:
         s3, master, volume, filer = self._ports
         here = {"ip": "127.0.0.1", "ip.bind": "127.0.0.1", "master.telemetry": "false"}
         sizes = {"dir": self._folder / "data", "volume.max": 20, "master.volumeSizeLimitMB": 64}
+        # A single master needs no ten seconds to find out after a kill that it is alone.
+        alone = {"master.electionTimeout": "500ms", "master.heartbeatInterval": "100ms"}
         ports = {
             "s3.port": s3,
             "master.port": master,
@@ -46,7 +51,7 @@ class Weed:
             "s3.port.lance": 0,
         }
         internal = {f"{name}.port.grpc": _free_port() for name in ("s3", "master", "volume", "filer")}
-        options = {**here, **sizes, **ports, **internal, "s3.config": self._folder / "s3.json"}
+        options = {**here, **sizes, **alone, **ports, **internal, "s3.config": self._folder / "s3.json"}
         words = [_weed(), "server", "-s3", "-filer", *(f"-{name}={value}" for name, value in options.items())]
         with (self._folder / "log").open("ab") as log:
             self._server = subprocess.Popen(words, stdout=log, stderr=log, start_new_session=True)
@@ -58,6 +63,15 @@ class Weed:
             os.killpg(self._server.pid, signal.SIGKILL)
             self._server.wait()
             self._server = None
+
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """Killed, and there again afterwards."""
+        self.kill()
+        try:
+            yield
+        finally:
+            self.start()
 
     def client(self) -> Any:
         """boto3's client with the right key."""
@@ -91,11 +105,25 @@ class Weed:
 def serving(folder: Path) -> Iterator[Weed]:
     """A server that is stopped at the end."""
     server = Weed(folder)
-    server.start()
     try:
+        server.start()
         yield server
     finally:
         server.kill()
+
+
+_SHARED = pytest.StashKey[Weed]()
+
+
+def shared(config: pytest.Config) -> Weed:
+    """The one server of this test process, stopped at its end; who kills it starts it again."""
+    if _SHARED not in config.stash:
+        folder = tempfile.TemporaryDirectory(prefix="valr-weed-")
+        config.add_cleanup(folder.cleanup)
+        config.stash[_SHARED] = Weed(Path(folder.name, "weed"))
+        config.add_cleanup(config.stash[_SHARED].kill)
+        config.stash[_SHARED].start()
+    return config.stash[_SHARED]
 
 
 def environment(server: Weed, secret: str = SECRET) -> dict[str, str]:

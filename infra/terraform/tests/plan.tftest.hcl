@@ -58,7 +58,7 @@ run "the_bucket_is_private_encrypted_and_versioned" {
   }
 }
 
-run "only_what_jobs_leave_behind_expires" {
+run "only_what_jobs_leave_behind_was_replaced_or_broke_off_expires" {
   command = plan
 
   assert {
@@ -66,6 +66,28 @@ run "only_what_jobs_leave_behind_expires" {
       for rule in aws_s3_bucket_lifecycle_configuration.store.rule : rule.filter[0].prefix if length(rule.expiration) > 0
     ] == ["valr/jobs/"]
     error_message = "Artifacts would be deleted by age."
+  }
+
+  assert {
+    condition = flatten([
+      for rule in aws_s3_bucket_lifecycle_configuration.store.rule : rule.expiration[*].days
+    ]) == [90]
+    error_message = "A Job's request, messages and checkpoints would not stay for job_days."
+  }
+
+  assert {
+    condition = [
+      for rule in aws_s3_bucket_lifecycle_configuration.store.rule : rule.abort_incomplete_multipart_upload[0].days_after_initiation
+      if rule.filter[0].prefix == ""
+    ] == [7]
+    error_message = "Parts of uploads that were never finished would stay, unseen."
+  }
+
+  assert {
+    condition = flatten([
+      for rule in aws_s3_bucket_lifecycle_configuration.store.rule : rule.noncurrent_version_expiration[*].noncurrent_days
+    ]) == [7, 30]
+    error_message = "Versions that were replaced would stay for ever."
   }
 }
 
