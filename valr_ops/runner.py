@@ -75,7 +75,8 @@ def run(
         name: of the stage.
         overrides: dotted names and values that go before params.yaml.
         force: make it even so.
-        recorded: False leaves DVC's part, what is out of date and the record of it, to an orchestrator: it is made.
+        recorded: False leaves DVC's and MLflow's part to an orchestrator on another machine: the artifact is made
+            whatever dvc.lock says, and its measurements stay in the spool.
 
     Raises:
         RecipeError: params.yaml or an override is wrong.
@@ -92,7 +93,7 @@ def run(
         with _failure_told(root, name, progress):
             if not recorded:
                 why = ("an orchestrator asked for it",)
-                return _make(root, row, _recipe_of_artifact(root, row), None, why, progress, started)
+                return _make(root, row, _recipe_of_artifact(root, row), None, why, progress, started, delivers=False)
             return _run(root, row, overrides or {}, force, progress, started)
 
 
@@ -210,6 +211,8 @@ def _make(
     reasons: tuple[str, ...],
     progress: ShowingProgress,
     started: float,
+    *,
+    delivers: bool = True,
 ) -> Outcome:
     planned = _planned(recipe, row, root)
     _require_room(root, row, planned, progress)
@@ -251,6 +254,7 @@ def _make(
             tags=_tags(context.recipe, row),
             datasets=[needed for needed in row.inputs if "parquet" in stage(needed).kinds],
         ),
+        delivers=delivers,
     )
     progress.finished(outcome.how, digest)
     progress.materialized(report, digest, folder(root, row.name), how="made", tracking_url=url)

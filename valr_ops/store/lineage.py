@@ -128,10 +128,13 @@ class RunRecord:
         return f"{self.stage}@{self.output_digest[:10]}"
 
 
-def record(root: Path, run: RunRecord, warn: Callable[[str], None] = _LOG.warning) -> str | None:
+def record(
+    root: Path, run: RunRecord, warn: Callable[[str], None] = _LOG.warning, *, delivers: bool = True
+) -> str | None:
     """Spool `run`, deliver what is spooled, and return the address of its MLflow run; None if that has to wait.
 
-    Where another process has a `courier`, that one delivers; the process that has one does not wait for it.
+    Where another process has a `courier`, that one delivers; the process that has one does not wait for it. A process
+    that only works for another one, on a machine from which the spool is fetched, does not deliver.
     Raises nothing: what goes wrong is one line to `warn`.
     """
     try:
@@ -139,7 +142,7 @@ def record(root: Path, run: RunRecord, warn: Callable[[str], None] = _LOG.warnin
     except (OSError, TypeError, ValueError, LineageError) as error:
         warn(redacted(f"the measurements of {run.stage} could not be kept for MLflow: {error}"))
         return None
-    if _has_courier.get():
+    if _has_courier.get() or not delivers:
         return None
     if _carried(root, entry):
         return recorded_url(root, run.stage, run.output_digest)
