@@ -29,7 +29,7 @@ FRESH = timedelta(days=8)
 """How old the report may get: a week between two scheduled runs, and a day for the run."""
 
 GPU_POOL = "gpu"
-"""Steps of this pool run as many at a time as the Dagster instance allows: one, unless it says otherwise."""
+"""Steps that use a GPU of this machine: one at a time, unless the Dagster instance allows more."""
 
 
 def project_recipe() -> Recipe | None:
@@ -44,6 +44,9 @@ RECIPE = project_recipe()
 
 _ON_A_LAPTOP = RECIPE is None or RECIPE.scale == "tiny"
 """Everything runs on the CPU, and a person waits for the answer."""
+
+IN_CLUSTER = RECIPE is not None and RECIPE.cluster.dispatch == "kubernetes"
+"""GPU stages are Jobs: the cluster's queue and quota say how many run, and a pool here would leave GPUs idle."""
 
 
 def stage_asset(
@@ -83,17 +86,21 @@ def stage_asset(
         },
         tags={"resources": row.resources},
         partitions_def=cells,
-        pool=GPU_POOL if row.resources == "gpu" and not _ON_A_LAPTOP else None,
+        pool=GPU_POOL if row.resources == "gpu" and not (_ON_A_LAPTOP or IN_CLUSTER) else None,
         freshness_policy=dg.FreshnessPolicy.time_window(fail_window=FRESH) if row.name == REPORT else None,
     )
     def asset(context: dg.AssetExecutionContext, stages: StageRunner) -> Iterator[Any]:
         name = f"{row.name}@{context.partition_key}" if cells else row.name
         if announce:
             context.log.info(announce(context))
+        waits_seconds = () if _ON_A_LAPTOP else WAITS_SECONDS
         try:
             yield from stages.materialize(context, name, root)
         except dg.Failure as failure:
-            raise_for(failure, context, () if _ON_A_LAPTOP else WAITS_SECONDS)
+            raise_for(failure, context, waits_seconds)
+        except Exception as error:
+            # Not the stage's: Dagster's database or a network went away meanwhile. What the stage does is found again.
+            raise_for(dg.Failure(f"{type(error).__name__}: {error}"), context, waits_seconds)
 
     return asset
 

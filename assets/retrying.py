@@ -2,7 +2,8 @@
 
 In: the `Failure` of a stage, with its ``exit_status`` among its metadata. Out: the same failure, or a request to try
 again. A configuration or data problem (42) never is: it needs a person. A stage that stopped at a checkpoint (75) goes
-on at once, as often as it takes. Anything else gets a few tries with growing waits.
+on at once, as often as it takes. Anything else gets a few tries with growing waits; also what befell Dagster itself
+while it waited for the stage, as when its database was away.
 Always: what a person cancelled stays cancelled. That is why no asset has a `RetryPolicy`: Dagster applies one to
 interrupts as well.
 """

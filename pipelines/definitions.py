@@ -8,11 +8,17 @@ import dagster as dg
 
 from assets.ablation import ablation as ablation_asset
 from assets.dispatch import StageRunner
-from assets.factory import stage_assets
+from assets.factory import IN_CLUSTER, stage_assets
 from assets.promotion import promotion
 from pipelines.jobs import ablation, corpus, everything
+from pipelines.launching import keep_looking
 from pipelines.schedules import weekly
 from pipelines.sensors import failed_run, new_data, stale_report
+
+keep_looking()
+
+STEPS_AT_ONCE = 8 if IN_CLUSTER else 2
+"""Of one run. What waits for a Job takes 0.2 GB here and nothing else; the cluster's quota says how many Jobs run."""
 
 PRELOADED = [
     "pipelines.definitions",
@@ -30,6 +36,6 @@ defs = dg.Definitions(
     sensors=[new_data, stale_report, failed_run],
     resources={"stages": StageRunner()},
     executor=dg.multiprocess_executor.configured(
-        {"max_concurrent": 2, "start_method": {"forkserver": {"preload_modules": PRELOADED}}}
+        {"max_concurrent": STEPS_AT_ONCE, "start_method": {"forkserver": {"preload_modules": PRELOADED}}}
     ),
 )

@@ -121,7 +121,8 @@ def stale_report(context: dg.SensorEvaluationContext) -> dg.RunRequest | dg.Skip
     event = context.instance.get_latest_materialization_event(dg.AssetKey(REPORT))
     if event is None:
         return dg.SkipReason("there is no report yet; the first run is a person's: valr materialize +report")
-    age = timedelta(seconds=time.time() - event.timestamp)
+    # Not below zero where the clock was put back.
+    age = max(timedelta(0), timedelta(seconds=time.time() - event.timestamp))
     if age <= FRESH:
         return dg.SkipReason(f"the report is {age.days} days old; a new one is asked for after {FRESH.days}")
     return dg.RunRequest(

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.project import copy_project, environment, last_line, valr
+from tests.project import copy_project, environment, last_line, valr, valr_here
 from valr_ops import orchestration
 from valr_ops.recipe import recipes
 from valr_ops.recipe.recipe import RecipeError
@@ -67,7 +67,7 @@ def test_help_and_wrong_usage_are_quick_and_say_what_to_type() -> None:
 def test_a_typing_mistake_in_params_yaml_is_one_message(tmp_path: Path) -> None:
     root = copy_project(tmp_path / "project", {"scale": "tiny", "stage2": {"learning_rat": 1e-3}})
     for words in (["run", "sources"], ["materialize", "+ablation_table"], ["plan"], ["demo"]):
-        done = valr(root, *words, check=False)
+        done = valr_here(root, *words, check=False)
         assert done.returncode == 42, words
         assert "params.yaml: stage2.learning_rat" in done.stderr and "learning_rate" in done.stderr
         assert "Traceback" not in done.stderr
@@ -85,7 +85,7 @@ def test_check_data_tells_usable_rejected_and_unreadable_apart_by_its_exit_statu
         (mixed, 3, 1, {"not_json": 1}),
         (tmp_path / "nowhere", 2, 0, {}),
     ):
-        done = valr(root, "check-data", str(path), check=False)
+        done = valr_here(root, "check-data", str(path), check=False)
         said = last_line(done)
         assert (done.returncode, said["kept"], said["rejected"]) == (status, kept, rejected), done.stderr
         assert "Traceback" not in done.stderr

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import base64
 import email.policy
+import ipaddress
 import json
 import socketserver
+import ssl
 import threading
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 from pipelines import notifying
 from pipelines.notifying import Notice, NotifyError, receivers, send
@@ -40,20 +49,29 @@ class Hook(HTTPServer):
 
 
 class Mailbox(socketserver.ThreadingTCPServer):
-    """As much of SMTP as a client needs to leave a mail; `refused` are addresses that it does not know."""
+    """As much of SMTP as a client needs to leave a mail; `refused` are addresses that it does not know.
+
+    With a certificate it offers encryption, and then asks for a name and a password.
+    """
 
     daemon_threads = True
 
-    def __init__(self) -> None:
+    def __init__(self, certificate: Path | None = None) -> None:
         self.got: list[Any] = []
         self.refused: set[str] = set()
+        self.read_in_plain: list[str] = []
+        self.logins: list[str] = []
+        self.certificate = certificate
         super().__init__(("127.0.0.1", 0), self._Handler)
 
     class _Handler(socketserver.StreamRequestHandler):
         def handle(self) -> None:
             server: Any = self.server
+            encrypted = False
             self.wfile.write(b"220 test\r\n")
             while line := self.rfile.readline().decode().strip():
+                if not encrypted:
+                    server.read_in_plain.append(line)
                 verb = line.split(":")[0].upper()
                 answer = "250 ok"
                 if verb == "DATA":
@@ -62,9 +80,50 @@ class Mailbox(socketserver.ThreadingTCPServer):
                     server.got.append(email.message_from_string("".join(lines), policy=email.policy.default))
                 elif verb == "RCPT TO" and any(name in line for name in server.refused):
                     answer = "550 nobody of that name"
+                elif verb.startswith("EHLO") and server.certificate:
+                    answer = "250-test\r\n250 AUTH PLAIN" if encrypted else "250-test\r\n250 STARTTLS"
+                elif verb == "STARTTLS":
+                    self.wfile.write(b"220 go on\r\n")
+                    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+                    context.load_cert_chain(server.certificate)
+                    try:
+                        self.connection = context.wrap_socket(self.connection, server_side=True)
+                    except OSError:
+                        return
+                    self.rfile, self.wfile, encrypted = (
+                        self.connection.makefile("rb"),
+                        self.connection.makefile("wb", 0),
+                        True,
+                    )
+                    continue
+                elif verb.startswith("AUTH PLAIN"):
+                    server.logins.append(base64.b64decode(line.split()[2]).decode())
+                    answer = "235 welcome"
                 elif verb == "QUIT":
                     answer = "221 bye"
                 self.wfile.write(f"{answer}\r\n".encode())
+
+
+def self_signed(folder: Path) -> Path:
+    """A certificate for 127.0.0.1 that nobody but a reader of this file trusts, with its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "mail of the test")])
+    now = datetime.now(UTC)
+    here = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(here, critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    path = folder / "certificate.pem"
+    path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM) + private)
+    return path
 
 
 def served(server: Any) -> Iterator[Any]:
@@ -185,6 +244,26 @@ def test_no_password_goes_over_a_connection_without_encryption(
     with pytest.raises(NotifyError, match="no encryption") as error:
         send(NOTICE, receivers())
     assert mailbox.got == [] and "planted" not in str(error.value)
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_a_password_is_told_only_to_a_server_that_shows_a_trusted_certificate(
+    trusted: bool, mailbox: Mailbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mailbox.certificate = self_signed(tmp_path)
+    if trusted:
+        monkeypatch.setenv("SSL_CERT_FILE", str(mailbox.certificate))
+    monkeypatch.setenv("VALR_NOTIFY_SMTP_USER", "valr")
+    monkeypatch.setenv("VALR_NOTIFY_SMTP_PASSWORD", "planted-password")
+    if trusted:
+        send(NOTICE, receivers())
+        assert mailbox.logins == ["\0valr\0planted-password"] and len(mailbox.got) == 1
+    else:
+        with pytest.raises(NotifyError, match="CERTIFICATE_VERIFY_FAILED"):
+            send(NOTICE, receivers())
+        assert mailbox.logins == [] and mailbox.got == []
+    plain = {line.split()[0] for line in mailbox.read_in_plain}
+    assert plain <= {"ehlo", "STARTTLS"}, "nothing else before the connection is encrypted"
 
 
 @pytest.mark.parametrize("address", ["nowhere", "http://127.0.0.1:9/x"])

@@ -7,10 +7,8 @@ from datetime import UTC, datetime
 
 import dagster as dg
 import pytest
-import yaml
 
 from pipelines import definitions, schedules, sensors
-from tests.project import CHECKOUT
 
 
 def test_a_week_asks_for_everything_up_to_the_report() -> None:
@@ -38,10 +36,3 @@ def test_nothing_runs_by_itself_unless_automation_is_on(
         monkeypatch.undo()
         importlib.reload(schedules)
         importlib.reload(sensors)
-
-
-def test_runs_that_nobody_asked_for_go_one_at_a_time() -> None:
-    settings = yaml.safe_load((CHECKOUT / "infra" / "local" / "dagster.yaml").read_text())
-    assert {"key": schedules.WHY, "limit": 1} in settings["concurrency"]["runs"]["tag_concurrency_limits"]
-    assert settings["concurrency"]["pools"] == {"default_limit": 1, "granularity": "op"}
-    assert settings["run_retries"]["retry_on_asset_or_op_failure"] is False

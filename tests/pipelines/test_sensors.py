@@ -171,3 +171,5 @@ def test_a_report_that_got_old_asks_once(tmp_path: Path, monkeypatch: pytest.Mon
         monkeypatch.setattr(sensors.time, "time", lambda: later)
         first, second = look(), look()
         assert first.run_key == second.run_key and "8 days old" in first.tags[WHY]
+        monkeypatch.setattr(sensors.time, "time", lambda: later - 2 * FRESH.total_seconds())
+        assert "0 days old" in look().skip_message, "the clock was put back to before the report"
