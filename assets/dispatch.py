@@ -28,7 +28,7 @@ from valr_ops.training.stop import RESUME_EXIT_CODE
 
 if TYPE_CHECKING:
     from valr_ops.recipe.recipe import Recipe
-    from valr_ops.release import dispatch, pod
+    from valr_ops.release import endings, pod
     from valr_ops.stages import Stage
 
 _MAX_MESSAGE_BYTES = 64 << 20
@@ -55,6 +55,13 @@ class StageRunner(dg.ConfigurableResource):
             return self._here(context, stage, root) if job is None else self._in_cluster(context, job)
 
     def _here(self, context: dg.AssetExecutionContext, stage: str, root: Path) -> Sequence[Any]:
+        told = self._once(context, stage, root)
+        if not any(isinstance(result, dg.MaterializeResult) for result in told):
+            # What a stage tells while Dagster's database is away is lost. Now that it is made, it says it all again.
+            told = self._once(context, stage, root)
+        return told
+
+    def _once(self, context: dg.AssetExecutionContext, stage: str, root: Path) -> Sequence[Any]:
         client = dg.PipesSubprocessClient(termination_timeout_seconds=self.grace_seconds)
         try:
             run = client.run(
@@ -65,7 +72,7 @@ class StageRunner(dg.ConfigurableResource):
             )
         except DagsterPipesExecutionError as error:
             raise _failure(root, stage, str(error)) from None
-        return run.get_results()
+        return run.get_results(implicit_materializations=False)
 
     def _in_cluster(self, context: dg.AssetExecutionContext, job: _Job) -> Sequence[Any]:
         from filelock import FileLock
@@ -104,17 +111,18 @@ class StageRunner(dg.ConfigurableResource):
         messages: _StoredMessages,
     ) -> pod.Result:
         """Start the Job or attach to it, and wait for its result."""
-        from valr_ops.release import dispatch, pod
+        from valr_ops.release import dispatch, manifest, pod
 
         cluster = dispatch.Cluster(job.recipe.cluster, context.log.info, dispatch.Pace(poll_seconds=self.poll_seconds))
-        name = dispatch.job_name(job.row.name, url)
+        documents = manifest.documents(job.row, job.recipe, url, environment=variables)
+        name = documents[-1]["metadata"]["name"]
         try:
-            how = cluster.start(dispatch.manifest(job.row, job.recipe, url, environment=variables))
+            how = cluster.start(documents)
             context.log.info(f"{how} Job {name} in namespace {job.recipe.cluster.namespace}; what it tells is in {url}")
-            ending = cluster.wait(name, _show_line(name), messages.take)
+            ending = cluster.wait(documents[-1], _show_line(name), lambda: messages.take(context.log.info))
         except (DagsterExecutionInterruptedError, KeyboardInterrupt):
             # Before anything is logged: the interrupt may have come in the middle of writing to the event log.
-            cluster.cancel(name)
+            cluster.cancel(documents[-1])
             context.log.info(f"cancelled: Job {name} has written its checkpoint and is deleted")
             raise
         found = pod.result(url)
@@ -123,7 +131,7 @@ class StageRunner(dg.ConfigurableResource):
         if ending.kind == "succeeded":
             raise _ended_badly(
                 f"Job {name} is complete but {url} has no result: was it deleted? Delete the Job too, then run the "
-                f"same again: kubectl delete job {name} -n {job.recipe.cluster.namespace}",
+                f"same again: kubectl delete {documents[-1]['kind'].lower()} {name} -n {job.recipe.cluster.namespace}",
                 job.row.name,
                 EXIT_CONFIGURATION,
             )
@@ -168,7 +176,7 @@ class _Job:
             Failure: it may cost more than the recipe allows. StorageError: the bucket can't be written.
         """
         from valr_ops.recipe import price
-        from valr_ops.release import dispatch, pod
+        from valr_ops.release import manifest, pod
         from valr_ops.store.artifacts import folder
         from valr_ops.store.remote import Remote
 
@@ -176,7 +184,7 @@ class _Job:
             price.refuse(self.recipe, self.row.name, self.root)
         except price.PriceError as error:
             raise _ended_badly(str(error), self.row.name, EXIT_CONFIGURATION) from None
-        request, remote = dispatch.request(self.row, self.recipe, self.root), Remote(self.recipe.cluster.bucket)
+        request, remote = manifest.request(self.row, self.recipe, self.root), Remote(self.recipe.cluster.bucket)
         for name, digest in request.inputs.items():
             if not remote.holds(digest):
                 say(f"copying {name} to {remote.location}")
@@ -193,33 +201,40 @@ class _StoredMessages(dg.PipesMessageReader):
         self._stored, self._next = S3Files(f"{url}/messages"), 0
         self._handler: Any = None
         self._closed: Any = None
+        self._away = False
 
     @contextmanager
     def read_messages(self, handler: Any) -> Iterator[dict[str, Any]]:
         self._handler = handler
         yield {}
 
-    def take(self) -> None:
-        """Hand on what is new; a bucket that is away is asked again the next time."""
+    def take(self, say: Any) -> None:
+        """Hand on what is new; a bucket that is away is said to be so, and asked again the next time."""
         from valr_ops.store.objects import StorageError
 
         try:
-            self._take_all()
-        except StorageError:
-            return
+            self._take_all(self._stored.read)
+        except StorageError as error:
+            if not self._away:
+                say(f"what the Pod tells can't be read at the moment ({error}); the Job goes on, and is heard later")
+            self._away = True
+        else:
+            self._away = False
 
     def take_rest(self) -> None:
         """Hand on all that is left, and that the Pod has closed. Raises `StorageError`."""
-        self._take_all()
+        from valr_ops.store.objects import patiently
+
+        self._take_all(lambda name, at_most: patiently(self._stored.read, name, at_most))
         if self._closed is not None:
             self._handler.handle_message(self._closed)
 
-    def _take_all(self) -> None:
+    def _take_all(self, read: Any) -> None:
         from valr_ops.store.objects import MissingError
 
         while True:
             try:
-                message = json.loads(self._stored.read(f"{self._next:08d}.json", _MAX_MESSAGE_BYTES))
+                message = json.loads(read(f"{self._next:08d}.json", _MAX_MESSAGE_BYTES))
             except MissingError:
                 return
             self._next += 1
@@ -261,14 +276,16 @@ def _results(session: dg.PipesSession, stage: str, found: pod.Result) -> list[An
 def _show_line(job: str) -> Any:
     """Prints the log of a Job's Pods; of several, each line with the Pod's number."""
 
+    from valr_ops.release.manifest import MEMBER
+
     def show(pod: str, line: str) -> None:
-        number = re.fullmatch(rf"{re.escape(job)}-(\d+)-\w+", pod)
+        number = re.fullmatch(rf"{re.escape(job)}-(?:{MEMBER}-0-)?(\d+)-\w+", pod)
         print(f"[{number[1]}] {line}" if number else line, flush=True)
 
     return show
 
 
-def _of_ending(ending: dispatch.Ending, stage: str) -> dg.Failure:
+def _of_ending(ending: endings.Ending, stage: str) -> dg.Failure:
     status = {"configuration": EXIT_CONFIGURATION, "resume": RESUME_EXIT_CODE, "evicted": RESUME_EXIT_CODE}
     otherwise = 1 if ending.can_be_retried else EXIT_CONFIGURATION
     return _ended_badly(ending.sentence, stage, status.get(ending.kind, otherwise), ending.kind)

@@ -1,9 +1,14 @@
 """A stage that fails under Dagster fails with its own sentence; one that is a Kubernetes Job is joined to its run."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,14 +16,17 @@ from typing import Any
 
 import dagster as dg
 import pytest
+import yaml
 
 from assets.dispatch import StageRunner, _of_ending
 from tests.project import MICRO, copy_project, digests, environment, valr
 from tests.release.stub import StubCluster
 from tests.release.test_dispatch import until
 from tests.store import weed
-from valr_ops.release.dispatch import RETRIED, Ending
+from valr_ops.recipe import price
+from valr_ops.release.endings import RETRIED, Ending
 from valr_ops.stages import stage
+from valr_ops.store import objects
 
 STORE = "s3://test/valr"
 
@@ -26,9 +34,9 @@ STORE = "s3://test/valr"
 def materialized(name: str, root: Path, go: Path | None = None) -> dg.ExecuteInProcessResult:
     """Materialize one stage in this process; a Job's Pod begins once the file `go` is there."""
     if go is not None:
-        from valr_ops.release import dispatch
+        from valr_ops.release import manifest
 
-        dispatch.stage_command = lambda row, recipe, url: [
+        manifest.stage_command = lambda row, recipe, url: [
             *(
                 "sh",
                 "-c",
@@ -68,6 +76,7 @@ def test_a_failed_stage_says_in_dagster_what_it_says_on_the_command_line(tmp_pat
         ("configuration", 42),
         ("memory", 42),
         ("image", 42),
+        ("forbidden", 42),
         ("failed", 1),
         ("killed", 1),
     ],
@@ -79,22 +88,41 @@ def test_the_end_of_a_job_decides_whether_dagster_tries_again(kind: Any, status:
     assert said.allow_retries == (kind in RETRIED) == (status != 42)
 
 
-@pytest.fixture
-def cluster_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Path, StubCluster]]:
-    """A project whose GPU stages are Jobs of the stub, with a real bucket, made as far as it goes without a GPU."""
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project whose GPU stages are Jobs, made as far as it goes without a GPU."""
     settings = {"dispatch": "kubernetes", "namespace": "default", "bucket": STORE, "grace_seconds": 60}
-    root = copy_project(tmp_path / "project", {**MICRO, "cluster": settings})
-    with weed.serving(tmp_path / "weed") as server:
-        for name, value in {**environment(root), **weed.environment(server)}.items():
-            monkeypatch.setenv(name, value)
-        cluster = StubCluster(cwd=root, disk=tmp_path / "disk")
-        monkeypatch.setenv("KUBECONFIG", str(cluster.kubeconfig(tmp_path / "kubeconfig")))
-        try:
-            valr(root, "run", "sources")
-            valr(root, "run", "cot_corpus")
-            yield root, cluster
-        finally:
-            cluster.close()
+    root = copy_project(tmp_path_factory.mktemp("dispatch") / "project", {**MICRO, "cluster": settings})
+    valr(root, "run", "sources")
+    valr(root, "run", "cot_corpus")
+    return root
+
+
+@pytest.fixture
+def server(request: pytest.FixtureRequest) -> weed.Weed:
+    return weed.shared(request.config)
+
+
+@pytest.fixture
+def project(prepared: Path, server: weed.Weed, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The project, in which no GPU stage was made yet, with an empty store."""
+    for name, value in {**environment(prepared), **weed.environment(server)}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("VALR_SET", json.dumps({"cluster.bucket": f"{STORE}/{uuid.uuid4().hex}"}))
+    lock = yaml.safe_load((prepared / "dvc.lock").read_text())
+    lock["stages"] = {name: row for name, row in lock["stages"].items() if name in ("recipe", "sources", "cot_corpus")}
+    (prepared / "dvc.lock").write_text(yaml.safe_dump(lock))
+    for name in ("artifacts/base_model", ".valr/work"):
+        shutil.rmtree(prepared / name, ignore_errors=True)
+    return prepared
+
+
+@pytest.fixture
+def cluster(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StubCluster]:
+    made = StubCluster(cwd=project, disk=tmp_path / "disk")
+    monkeypatch.setenv("KUBECONFIG", str(made.kubeconfig(tmp_path / "kubeconfig")))
+    yield made
+    made.close()
 
 
 @contextmanager
@@ -113,59 +141,93 @@ def orchestrator(name: str, root: Path, go: Path) -> Iterator[subprocess.Popen[b
         process.wait()
 
 
-@pytest.mark.slow
 @pytest.mark.services
-def test_a_stage_in_a_job_survives_cancelling_and_the_death_of_dagster(
-    cluster_project: tuple[Path, StubCluster], tmp_path: Path
-) -> None:
-    root, cluster = cluster_project
-    go = tmp_path / "go"
-
-    # Cancelled: its Job goes, and nothing is recorded.
-    with orchestrator("base_model", root, go) as cancelled:
-        until(cluster.running, 120)
+def test_a_cancelled_run_stops_its_job_and_records_nothing(project: Path, cluster: StubCluster, tmp_path: Path) -> None:
+    with orchestrator("base_model", project, tmp_path / "never") as cancelled:
+        until(cluster.running, 300)
         cancelled.send_signal(signal.SIGTERM)
         until(lambda: not cluster.jobs)
-        cancelled.wait(60)
-    assert len(cluster.created) == 1 and "base_model" not in digests(root)
+        cancelled.wait(120)
+    assert len(cluster.created) == 1 and "base_model" not in digests(project)
 
-    # Killed: its Job stays, and the next run attaches to it.
-    with orchestrator("base_model", root, go):
-        until(cluster.running, 120)
-    go.touch()
-    done = materialized("base_model", root, go)
-    assert done.success
-    assert len(cluster.created) == 2, "one that was cancelled, and one that both of the others share"
+
+@pytest.mark.services
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("seconds", [3, pytest.param(60, marks=pytest.mark.slow)])
+def test_the_job_of_a_killed_run_is_joined_by_the_next_and_a_bucket_that_is_away_is_waited_for(
+    project: Path,
+    cluster: StubCluster,
+    server: weed.Weed,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    seconds: int,
+) -> None:
+    go = tmp_path / "go"
+    with orchestrator("base_model", project, go):
+        until(lambda: cluster.followed, 300)
+    cluster.followed = False
+    if seconds < 10:
+        # Else a short while is no matter.
+        monkeypatch.setattr(objects, "_ATTEMPTS", 1)
+
+    def bucket_goes_away() -> None:
+        until(lambda: cluster.followed, 300)
+        with server.away():
+            time.sleep(seconds)
+        go.touch()
+
+    thread = threading.Thread(target=bucket_goes_away)
+    thread.start()
+    done = materialized("base_model", project, go)
+    thread.join()
+    said = capfd.readouterr()
+    assert done.success, said.err
+    assert len(cluster.created) == 1, "the one that was killed made it, and the next attached to it"
+    assert said.err.count("what the Pod tells can't be read at the moment") == 1
     (made,) = done.asset_materializations_for_node("base_model")
-    assert made.tags["dagster/data_version"] == digests(root)["base_model"]
-    assert (root / "artifacts" / "base_model" / "config.json").is_file()
+    assert made.tags["dagster/data_version"] == digests(project)["base_model"]
+    assert (project / "artifacts" / "base_model" / "config.json").is_file()
 
-    # What is up to date needs no Job.
-    assert materialized("base_model", root).success
-    assert len(cluster.created) == 2
-
-    # Deleted here and made anew: the bucket has its result, and tells the run what its Pod told.
-    valr(root, "run", "latent_corpus")
-    assert materialized("teacher_features_dinov3", root, go).success
-    before = digests(root)["teacher_features_dinov3"]
-    subprocess.run(["rm", "-r", str(root / "artifacts" / "teacher_features_dinov3")], check=True)
-    again = materialized("teacher_features_dinov3", root, go)
-    assert again.success and len(cluster.created) == 3
-    (check,) = again.get_asset_check_evaluations()
-    assert check.passed and check.check_name == "features_are_whole"
-    assert digests(root)["teacher_features_dinov3"] == before
+    # What is up to date needs no Job; nor does what was deleted here, for the bucket has the result.
+    assert materialized("base_model", project).success
+    shutil.rmtree(project / "artifacts" / "base_model")
+    again = materialized("base_model", project, go)
+    assert again.success and len(cluster.created) == 1
+    assert (
+        again.asset_materializations_for_node("base_model")[0].tags["dagster/data_version"]
+        == digests(project)["base_model"]
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.services
-def test_what_costs_too_much_is_not_dispatched(
-    cluster_project: tuple[Path, StubCluster], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.timeout(1200)
+def test_what_a_pod_checked_is_told_again_to_who_joins_later(
+    project: Path, cluster: StubCluster, tmp_path: Path
 ) -> None:
-    root, cluster = cluster_project
-    monkeypatch.setenv("VALR_SET", '{"cluster.dispatch": "local"}')
-    valr(root, "run", "base_model")
-    valr(root, "run", "latent_corpus")
-    monkeypatch.setenv("VALR_SET", '{"price.max_hours": 1e-9}')
-    data = failure(materialized("teacher_features_dinov3", root))
+    go = tmp_path / "go"
+    go.touch()
+    for name in ("base_model", "latent_corpus"):
+        valr(project, "run", name)
+    assert materialized("teacher_features_dinov3", project, go).success
+    before = digests(project)["teacher_features_dinov3"]
+    shutil.rmtree(project / "artifacts" / "teacher_features_dinov3")
+    again = materialized("teacher_features_dinov3", project, go)
+    assert again.success and len(cluster.created) == 1
+    (check,) = again.get_asset_check_evaluations()
+    assert check.passed and check.check_name == "features_are_whole"
+    assert digests(project)["teacher_features_dinov3"] == before
+
+
+@pytest.mark.services
+def test_what_costs_too_much_is_not_dispatched(
+    project: Path, cluster: StubCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise price.PriceRefusedError("it may take 9 hours; raise price.max_hours")
+
+    monkeypatch.setattr(price, "refuse", refuse)
+    data = failure(materialized("base_model", project))
     assert "price.max_hours" in data.description and data.metadata["exit_status"].value == 42
     assert not cluster.created

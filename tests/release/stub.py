@@ -1,19 +1,21 @@
 """A stub of a Kubernetes cluster, in this process: the few endpoints that dispatch uses, over real HTTP.
 
-It is no Kubernetes: no API package ships a control plane, so this imitates what facts about Jobs are relied on. A Pod's
-command runs as a local process of its own session; policies on failures, suspension, deadlines, eviction, deletion in
-the foreground and grace periods are carried out. Faults are its methods: `away`, `busy`, `evict`, `out_of_memory`,
-`lose_node`, `hold` and `admit`.
+It is no Kubernetes: no API package ships a control plane, so this imitates what facts about Jobs and JobSets are relied
+on. A Pod's command runs as a local process of its own session; policies on failures, suspension, deadlines, eviction,
+deletion in the foreground and grace periods are carried out, and the names of a Job's Pods mean this machine. Faults
+are its methods: `away`, `busy`, `evict`, `out_of_memory`, `lose_node`, `hold`, `forbid` and `admit`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -24,9 +26,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+import psutil
 import yaml
 
 NODE = "node-1"
+_SET = "jobset.sigs.k8s.io/jobset-name"
 
 
 class StubCluster:
@@ -41,16 +45,23 @@ class StubCluster:
         self.cwd, self.disk = cwd, disk
         self.lock = threading.RLock()
         self.jobs: dict[str, dict[str, Any]] = {}
+        self.sets: dict[str, dict[str, Any]] = {}
+        self.has_jobsets = True
+        """Whether somebody installed them."""
+        self.events: list[dict[str, Any]] = []
         self.pods: dict[str, _Pod] = {}
         self.services: list[str] = []
         self.created: list[str] = []
-        """Names of the Jobs that were made, in order."""
+        """Names of the Jobs and JobSets that a client made, in order."""
         self.removed: list[str] = []
         self.refused = 0
         """Requests that found nobody at home."""
         self.asked_at: list[float] = []
+        self.followed = False
+        """Whether somebody reads the log of a Pod."""
         self._numbers = itertools.count()
         self._held: tuple[str, str] | None = None
+        self._forbidden: str | None = None
         self._busy = 0
         self._away = False
         self._cut_logs = 0
@@ -102,11 +113,19 @@ class StubCluster:
         """New Pods don't start: Unschedulable, or a reason for which a container waits. None lets them go."""
         self._held = (reason, message) if reason else None
 
+    def forbid(self, message: str | None) -> None:
+        """New Pods are refused, of which the Job's event is the only trace. None lets them be made."""
+        with self.lock:
+            self._forbidden = message
+            if message is None:
+                for job in [one for one in self.jobs.values() if not self._of(one) and not one["spec"].get("suspend")]:
+                    self._make_pods(job)
+
     def admit(self, name: str) -> None:
         """What Kueue does when there is room."""
         with self.lock:
-            self.jobs[name]["spec"]["suspend"] = False
-            self._start(name)
+            (self.sets if name in self.sets else self.jobs)[name]["spec"]["suspend"] = False
+            self._start_set(name) if name in self.sets else self._start(name)
 
     def evict(self, pod: str, reason: str = "EvictionByEvictionAPI", message: str = "Eviction API: evicting") -> None:
         """Take a Pod away, as a drain, a preemption or a node under pressure does."""
@@ -131,27 +150,80 @@ class StubCluster:
 
     # ------------------------------------------------------------------------------------------------- controller
 
-    def create_job(self, job: dict[str, Any]) -> bool:
+    def create(self, kind: str, thing: dict[str, Any]) -> bool:
+        """Make a Job or a JobSet, unless there is one of its name."""
         with self.lock:
-            name = job["metadata"]["name"]
-            if name in self.jobs:
+            there, name = self._all(kind), thing["metadata"]["name"]
+            if name in there:
                 return False
-            job["metadata"] |= {"uid": f"uid-{len(self.created)}", "creationTimestamp": _now()}
-            job["status"] = {}
-            self.jobs[name] = job
-            self.created.append(name)
-            if not job["spec"].get("suspend"):
-                self._start(name)
+            thing["metadata"] |= {"uid": f"uid-{next(self._numbers)}", "creationTimestamp": _now()}
+            thing["status"] = {}
+            there[name] = thing
+            if _SET not in thing["metadata"].get("labels", {}):
+                self.created.append(name)
+            if not thing["spec"].get("suspend"):
+                self._start_set(name) if kind == "jobsets" else self._start(name)
             return True
+
+    def _all(self, kind: str) -> dict[str, dict[str, Any]]:
+        return self.sets if kind == "jobsets" else self.jobs
+
+    def _start_set(self, name: str) -> None:
+        """Make the one Job of a JobSet."""
+        made = self.sets[name]["spec"]["replicatedJobs"][0]
+        job = {"apiVersion": "batch/v1", "kind": "Job", **copy.deepcopy(made["template"])}
+        job["metadata"] |= {"name": f"{name}-{made['name']}-0", "labels": job["metadata"]["labels"] | {_SET: name}}
+        template = job["spec"]["template"]
+        template["metadata"]["labels"] |= {_SET: name}
+        template["spec"]["subdomain"] = self.sets[name]["spec"]["network"]["subdomain"]
+        self.create("jobs", job)
+
+    def _ended_job(self, job: dict[str, Any]) -> None:
+        """A Job has its last condition: what the JobSet controller does then."""
+        jobset = self.sets.get(job["metadata"].get("labels", {}).get(_SET, ""))
+        if jobset is None:
+            return
+        (ended,) = job["status"]["conditions"]
+        if ended["type"] == "Complete":
+            jobset["status"]["conditions"] = [{"type": "Completed", "status": "True", "reason": "AllJobsCompleted"}]
+            return
+        for rule in jobset["spec"]["failurePolicy"]["rules"]:
+            patterns = rule["onJobFailureMessagePatterns"]
+            if ended["reason"] in rule["onJobFailureReasons"] and any(
+                re.search(one, ended["message"]) for one in patterns
+            ):
+                break
+        else:
+            rule = {"action": "RestartJobSet"}
+        if rule["action"] == "RestartJobSetAndIgnoreMaxRestarts":
+            jobset["status"]["restarts"] = jobset["status"].get("restarts", 0) + 1
+            self.delete("jobs", job["metadata"]["name"])
+            self._start_set(jobset["metadata"]["name"])
+        else:
+            assert jobset["spec"]["failurePolicy"]["maxRestarts"] == 0
+            said = f"jobset failed (first failed job: {job['metadata']['name']})"
+            jobset["status"]["conditions"] = [{"type": "Failed", "status": "True", "reason": "Any", "message": said}]
 
     def _start(self, name: str) -> None:
         job = self.jobs[name]
         job["status"]["startTime"] = _now()
-        for index in range(job["spec"]["completions"]):
-            self._add_pod(name, index)
+        job["port"] = _free_port()
+        self._make_pods(job)
         timer = threading.Timer(job["spec"]["activeDeadlineSeconds"], self._deadline, (name, job["metadata"]["uid"]))
         timer.daemon = True
         timer.start()
+
+    def _make_pods(self, job: dict[str, Any]) -> None:
+        name = job["metadata"]["name"]
+        if self._forbidden is not None:
+            about = {"kind": "Job", "name": name}
+            said = {"type": "Warning", "reason": "FailedCreate", "message": f"Error creating: {self._forbidden}"}
+            self.events.append(
+                {"metadata": {"name": f"{name}.1"}, "involvedObject": about, "lastTimestamp": _now(), **said}
+            )
+            return
+        for index in range(job["spec"]["completions"]):
+            self._add_pod(name, index)
 
     def _add_pod(self, name: str, index: int) -> None:
         job, number = self.jobs[name], next(self._numbers)
@@ -172,9 +244,11 @@ class StubCluster:
             job["failing"] = {"type": "Failed", "status": "True", "reason": reason, "message": message}
         live = [pod for pod in self._of(job) if pod.is_live()]
         for pod in live:
+            pod.values["metadata"].setdefault("deletionTimestamp", _now())
             threading.Thread(target=pod.end, args=(signal.SIGTERM,), daemon=True).start()
         if not live and not job["status"].get("conditions"):
             job["status"]["conditions"] = [job["failing"]]
+            self._ended_job(job)
 
     def _of(self, job: dict[str, Any]) -> list[_Pod]:
         return [pod for pod in self.pods.values() if pod.job is job]
@@ -188,12 +262,15 @@ class StubCluster:
                 self._remove_if_empty(job)
                 return
             if "failing" in job:
+                # It was told to stop because the Job has failed.
+                self.pods.pop(name, None)
                 self._fail(job, "", "")
                 return
             if pod.exit_code == 0:
                 done = sum(one.exit_code == 0 for one in self._of(job))
                 if done == spec["completions"]:
                     job["status"]["conditions"] = [{"type": "Complete", "status": "True"}]
+                    self._ended_job(job)
                 return
             action, message = self._policy(spec, pod)
             if action == "Ignore":
@@ -218,11 +295,18 @@ class StubCluster:
                 return rule["action"], f"{said} matching {rule['action']} rule"
         return "Count", ""
 
-    def delete_job(self, name: str) -> bool:
+    def delete(self, kind: str, name: str) -> bool:
+        """In the foreground: what belongs to it goes first."""
         with self.lock:
-            job = self.jobs.get(name)
+            job = self._all(kind).get(name)
             if job is None:
                 return False
+            if kind == "jobsets":
+                job["metadata"].setdefault("deletionTimestamp", _now())
+                for one in self._in_set(name):
+                    self.delete("jobs", one)
+                self._remove_set_if_empty(name)
+                return True
             job["metadata"].setdefault("deletionTimestamp", _now())
             for pod in self._of(job):
                 pod.values["metadata"].setdefault("deletionTimestamp", _now())
@@ -237,6 +321,15 @@ class StubCluster:
         if not self._of(job):
             self.jobs.pop(job["metadata"]["name"], None)
             self.removed.append(job["metadata"]["name"])
+            self._remove_set_if_empty(job["metadata"].get("labels", {}).get(_SET, ""))
+
+    def _in_set(self, name: str) -> list[str]:
+        return [one for one, job in self.jobs.items() if job["metadata"].get("labels", {}).get(_SET) == name]
+
+    def _remove_set_if_empty(self, name: str) -> None:
+        if self.sets.get(name, {}).get("metadata", {}).get("deletionTimestamp") and not self._in_set(name):
+            del self.sets[name]
+            self.removed.append(name)
 
     # ------------------------------------------------------------------------------------------------------ requests
 
@@ -294,7 +387,8 @@ class _Pod:
             self.exit_code = 143
         if self.lost:
             return
-        code = 128 - self.exit_code if (self.exit_code or 0) < 0 else self.exit_code
+        code = self.exit_code or 0
+        code = 128 - code if code < 0 else code
         with self.cluster.lock:
             self.exit_code = code
             message = b"".join(line for _, line in self.lines[-80:]).decode("utf-8", "replace")[-2048:]
@@ -326,7 +420,8 @@ class _Pod:
             own["TMPDIR"] = str(self.cluster.disk / self.values["metadata"]["name"])
             Path(own["TMPDIR"]).mkdir(parents=True)
         command = [
-            re.sub(r"\$\((\w+)\)", lambda found: own.get(found[1], found[0]), word) for word in container["command"]
+            self._here(re.sub(r"\$\((\w+)\)", lambda found: own.get(found[1], found[0]), word))
+            for word in container["command"]
         ]
         with self.cluster.lock:
             self.values["status"] = {"phase": "Running"}
@@ -345,6 +440,14 @@ class _Pod:
             self.lines.append((time.time(), line))
         self.exit_code = self.process.wait()
 
+    def _here(self, word: str) -> str:
+        """Names of the Job's Pods are this machine's, as far as its DNS and its ports can tell them apart."""
+        for index in range(self.job["spec"]["completions"]):
+            word = word.replace(
+                f"{self.job['metadata']['name']}-{index}.{self.values['spec'].get('subdomain')}", "127.0.0.1"
+            )
+        return re.sub(r"(?<=--master-port=)\d+", str(self.job["port"]), word)
+
     def disrupt(self, reason: str, message: str) -> None:
         condition = {"type": "DisruptionTarget", "status": "True", "reason": reason, "message": message}
         self.values["status"]["conditions"] = [condition]
@@ -356,13 +459,38 @@ class _Pod:
         process = self.process
         if process is None or process.poll() is not None:
             return
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, how)
-        try:
-            process.wait(self.values["spec"]["terminationGracePeriodSeconds"])
-        except subprocess.TimeoutExpired:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+        everything = [process, *_below(process.pid)]
+        if how != signal.SIGKILL:
+            # The container's first process alone is told; with it all others end.
+            process.send_signal(how)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(self.values["spec"]["terminationGracePeriodSeconds"])
+        for one in everything:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+
+
+def _below(process: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(process).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def _shown(thing: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in thing.items() if key not in ("failing", "port")}
+
+
+def _selected(things: Iterator[dict[str, Any]], query: dict[str, str]) -> list[dict[str, Any]]:
+    """Those with the label that is asked for."""
+    key, _, value = query["labelSelector"].partition("=")
+    return [one for one in things if one["metadata"].get("labels", {}).get(key) == value]
 
 
 def _now() -> str:
@@ -397,21 +525,27 @@ def _handler(cluster: StubCluster) -> type[BaseHTTPRequestHandler]:
                 return
             kind, name, query = route
             with cluster.lock:
+                if kind in ("jobs", "jobsets") and name:
+                    found = cluster._all(kind).get(name)
+                    self._answer(200, _shown(found)) if found else self._missing(f'{kind} "{name}" not found')
+                    return
+                if kind == "events":
+                    about = query["fieldSelector"].rpartition("involvedObject.name=")[2]
+                    self._list("EventList", [one for one in cluster.events if one["involvedObject"]["name"] == about])
+                    return
                 if kind == "jobs":
-                    found = cluster.jobs.get(name)
-                    shown = {key: value for key, value in (found or {}).items() if key != "failing"}
-                    self._answer(200, shown) if found else self._missing(f'jobs.batch "{name}" not found')
+                    self._list("JobList", [_shown(job) for job in _selected(iter(cluster.jobs.values()), query)])
                     return
                 if kind == "pods" and not name:
-                    job = query["labelSelector"].partition("=")[2]
-                    pods = [pod.values for pod in cluster.pods.values() if pod.job["metadata"]["name"] == job]
-                    self._answer(200, {"apiVersion": "v1", "kind": "PodList", "metadata": {}, "items": pods})
+                    self._list("PodList", _selected((pod.values for pod in cluster.pods.values()), query))
                     return
                 pod = cluster.pods.get(name.removesuffix("/log"))
             if pod is None:
                 self._missing(f'pods "{name}" not found')
             else:
-                self._log(pod, query)
+                # Who reads may go away, as a client does after a minute of silence.
+                with contextlib.suppress(ConnectionError):
+                    self._log(pod, query)
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -422,11 +556,12 @@ def _handler(cluster: StubCluster) -> type[BaseHTTPRequestHandler]:
             if kind == "services":
                 cluster.services.append(body["metadata"]["name"])
                 self._answer(201, body)
-            elif kind == "jobs":
-                made = cluster.create_job(body)
+            elif kind == "jobsets" and not cluster.has_jobsets:
+                self._answer(404, "404 page not found")
+            elif kind in ("jobs", "jobsets"):
+                made = cluster.create(kind, body)
                 name = body["metadata"]["name"]
-                shown = {key: value for key, value in body.items() if key != "failing"}
-                self._answer(201, shown) if made else self._answer(409, {"message": f'jobs.batch "{name}" exists'})
+                self._answer(201, _shown(body)) if made else self._answer(409, {"message": f'{kind} "{name}" exists'})
             else:
                 cluster.evict(name.removesuffix("/eviction"))
                 self._answer(201, {"status": "Success"})
@@ -437,17 +572,18 @@ def _handler(cluster: StubCluster) -> type[BaseHTTPRequestHandler]:
             if route is None:
                 return
             uid = body.get("preconditions", {}).get("uid")
-            there = cluster.jobs.get(route[1])
+            there = cluster._all(route[0]).get(route[1])
             if there is not None and uid not in (None, there["metadata"]["uid"]):
                 self._answer(409, {"message": "the UID in the precondition does not match the UID in record"})
-            elif cluster.delete_job(route[1]):
+            elif cluster.delete(route[0], route[1]):
                 self._answer(200, {"kind": "Status", "status": "Success"})
             else:
-                self._missing(f'jobs.batch "{route[1]}" not found')
+                self._missing(f'{route[0]} "{route[1]}" not found')
 
         def _log(self, pod: _Pod, query: dict[str, str]) -> None:
             since = time.time() - float(query["sinceSeconds"]) if "sinceSeconds" in query else 0.0
             cut = cluster.cut_this_log()
+            cluster.followed = True
             self.send_response(200)
             self.send_header("Transfer-Encoding", "chunked")
             self.end_headers()
@@ -470,6 +606,9 @@ def _handler(cluster: StubCluster) -> type[BaseHTTPRequestHandler]:
         def _chunk(self, data: bytes) -> None:
             self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
             self.wfile.flush()
+
+        def _list(self, kind: str, items: list[dict[str, Any]]) -> None:
+            self._answer(200, {"apiVersion": "v1", "kind": kind, "metadata": {}, "items": items})
 
         def _missing(self, message: str) -> None:
             self._answer(404, {"message": message})

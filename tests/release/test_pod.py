@@ -3,39 +3,30 @@
 from __future__ import annotations
 
 import json
-import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from tests import tiny
 from tests.project import CHECKOUT, copy_project, digests, last_line, valr
-from tests.store.weed import Weed, serving
-from tests.store.weed import environment as keys
-from tests.training.inputs import write_inputs
-from valr_ops.recipe import recipes
-from valr_ops.recipe.recipe import override
+from tests.release.pods import Pod, copied, request_for, training_request, until
+from tests.store.proxy import between
+from tests.store.weed import Weed
+from valr_ops.model import checkpoint
 from valr_ops.release import pod
-from valr_ops.release.pod import FailedError, JobError, Request, Result
-from valr_ops.stages import stage
+from valr_ops.release.pod import FailedError, JobError, Result
 from valr_ops.store import objects
 from valr_ops.store.objects import S3Files, TakenError, UnreachableError
 from valr_ops.store.remote import Remote
 from valr_ops.training.stop import TrainingInterrupted
-
-RECIPE = override(recipes.load(CHECKOUT, {"scale": "tiny"}), {"data.synthetic.train_records": 16})
-
-
-def request_for(name: str = "sources", store: str = "s3://test/store", **changes: Any) -> Request:
-    recipe = override(RECIPE, changes).model_dump(mode="json")
-    return Request(store, name, recipe, inputs={}, code=stage(name).code_digest(CHECKOUT))
 
 
 def test_a_request_has_the_key_of_what_decides_its_artifact() -> None:
@@ -115,76 +106,50 @@ def test_messages_leave_no_gap_and_results_go_last_or_not_at_all(
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Weed]:
-    with serving(tmp_path_factory.mktemp("weed")) as weed:
-        yield weed
+def undisturbed() -> dict[str, Any]:
+    """What a pod said in whose way nothing came, and for how many seconds it ran; filled by the first that asks."""
+    return {}
 
 
-@pytest.fixture
-def store(server: Weed, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
-    """An empty store; and this process as a pod of its own."""
-    for name, value in keys(server).items():
-        monkeypatch.setenv(name, value)
-    # Measurements then wait for the orchestrator, and nothing waits for them.
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "node"))
-    (tmp_path / "node").mkdir()
-    return f"s3://test/{tmp_path.name}"
+def made_undisturbed(store: str, undisturbed: dict[str, Any], node: Path) -> dict[str, Any]:
+    if not undisturbed:
+        url = pod.submit(request_for(store=f"{store}/undisturbed"))
+        began = time.monotonic()
+        said = Pod(url, node).ended()
+        undisturbed.update(said, url=url, seconds=time.monotonic() - began)
+    return undisturbed
 
 
-def start_pod(
-    url: str, node: Path, name: str = "sources", launcher: tuple[str, ...] = (), **variables: str
-) -> subprocess.Popen[str]:
-    """What a Job's container runs, on a node of its own."""
-    node.mkdir(exist_ok=True)
-    return subprocess.Popen(
-        [sys.executable, *launcher, "-m", "valr_ops", "run", name, "--job", url],
-        cwd=CHECKOUT,
-        env={**os.environ, "TMPDIR": str(node), "OMP_NUM_THREADS": "1", **variables},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def ended(process: subprocess.Popen[str]) -> dict[str, Any]:
-    out, errors = process.communicate(timeout=240)
-    assert process.returncode == 0, errors
-    said: dict[str, Any] = json.loads(out.strip().splitlines()[-1])
-    return said
-
-
-def until(true: Callable[[], Any], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
-@pytest.mark.slow
 @pytest.mark.services
 @pytest.mark.timeout(300)
-def test_a_pod_makes_what_the_verb_makes_and_the_orchestrator_brings_it_home(store: str, tmp_path: Path) -> None:
-    made = {"scale": "tiny", "data.synthetic.train_records": 16}
-    here, there = (copy_project(tmp_path / name, made) for name in ("here", "there"))
-    valr(here, "run", "sources")
-    valr(there, "run", "recipe")
+def test_a_pod_makes_what_the_verb_makes_and_the_orchestrator_brings_it_home(
+    store: str, undisturbed: dict[str, Any], tmp_path: Path
+) -> None:
+    home = copy_project(tmp_path / "home", {"scale": "tiny", "data.synthetic.train_records": 16})
+    valr(home, "run", "sources")
+    here = digests(home)["sources"]
+    # As if it had never been made here.
+    for made in ("artifacts/sources", ".dvc/cache", ".valr/spool"):
+        shutil.rmtree(home / made)
+    lock = yaml.safe_load((home / "dvc.lock").read_text())
+    del lock["stages"]["sources"]
+    (home / "dvc.lock").write_text(yaml.safe_dump(lock))
+
     url = pod.submit(request_for(store=store))
     assert pod.result(url) is None
     with pytest.raises(JobError, match="has no result yet"):
-        pod.collect(url, there)
-    said = ended(start_pod(url, tmp_path / "node"))
-    found = pod.collect(url, there)
-    assert said["digest"] == found.digest == digests(here)["sources"] == digests(there)["sources"]
+        pod.collect(url, home)
+    said = made_undisturbed(store, undisturbed, tmp_path / "node")
+    found = pod.collect(said["url"], home)
+    assert said["digest"] == found.digest == here == digests(home)["sources"]
     assert (found.size, found.files) == (said["size"], said["files"])
-    assert found.report["summary"] == last_line(valr(there, "run", "sources"))["summary"]
-    assert last_line(valr(there, "run", "sources"))["how"] == "hit"
-    (record,) = (there / ".valr" / "spool").glob("*/record.json")
-    assert json.loads(record.read_text())["output_digest"] == found.digest
+    again = last_line(valr(home, "run", "sources"))
+    assert again["how"] == "hit" and found.report["summary"] == again["summary"]
+    measured = [json.loads(one.read_text())["output_digest"] for one in home.glob(".valr/spool/*/record.json")]
+    assert measured == [here], "what the pod measured waits here for MLflow"
     assert not list((tmp_path / "node" / "valr" / "jobs").glob("*/*")), "a finished job leaves nothing on the node"
 
 
-@pytest.mark.slow
 @pytest.mark.services
 def test_the_same_request_is_one_job_until_it_failed_for_good(store: str) -> None:
     one = request_for(store=store)
@@ -199,7 +164,6 @@ def test_the_same_request_is_one_job_until_it_failed_for_good(store: str) -> Non
         pod.collect(url, CHECKOUT)
 
 
-@pytest.mark.slow
 @pytest.mark.services
 def test_what_no_retry_can_mend_is_the_result_of_the_job(store: str, tmp_path: Path) -> None:
     wrong = {"data.sources": {"mine": {"format": "jsonl", "path": str(tmp_path / "nowhere")}}}
@@ -208,11 +172,10 @@ def test_what_no_retry_can_mend_is_the_result_of_the_job(store: str, tmp_path: P
         pod.run_job(url, "sources")
     found = pod.result(url)
     assert found is not None and "nowhere" in found.error and found.exit_status == 42
-    again = start_pod(url, tmp_path / "another")
-    assert again.communicate(timeout=120)[1].strip().endswith(found.error) and again.returncode == 42
+    again = Pod(url, tmp_path / "another")
+    assert again.wait() == 42 and again.errors().strip().endswith(found.error)
 
 
-@pytest.mark.slow
 @pytest.mark.services
 @pytest.mark.parametrize("error", [TrainingInterrupted("stopped"), UnreachableError("away"), MemoryError()])
 def test_what_a_retry_may_mend_leaves_no_result(store: str, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
@@ -229,7 +192,6 @@ def test_what_a_retry_may_mend_leaves_no_result(store: str, monkeypatch: pytest.
     assert pod.run_job(url, "sources").digest == "made.dir", "what is done is not done again"
 
 
-@pytest.mark.slow
 @pytest.mark.services
 def test_a_job_for_another_stage_or_of_another_version_is_refused(store: str) -> None:
     one = request_for(store=store)
@@ -257,7 +219,6 @@ def test_a_job_for_another_stage_or_of_another_version_is_refused(store: str) ->
         pod.run_job(url, "sources")
 
 
-@pytest.mark.slow
 @pytest.mark.services
 def test_of_two_pods_of_one_job_one_counts_and_the_other_is_told(
     store: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -275,21 +236,18 @@ def test_of_two_pods_of_one_job_one_counts_and_the_other_is_told(
     assert found is not None and found.digest == "theirs.dir"
 
 
-@pytest.mark.slow
 @pytest.mark.services
 @pytest.mark.timeout(400)
-def test_a_pod_killed_at_any_moment_is_followed_by_one_that_goes_on(store: str, tmp_path: Path) -> None:
-    undisturbed = request_for(store=f"{store}/undisturbed")
-    began = time.monotonic()
-    expected = ended(start_pod(pod.submit(undisturbed), tmp_path / "first"))
-    took = time.monotonic() - began
+def test_a_pod_killed_at_any_moment_is_followed_by_one_that_goes_on(
+    store: str, undisturbed: dict[str, Any], tmp_path: Path
+) -> None:
+    expected = made_undisturbed(store, undisturbed, tmp_path / "first")
     url = pod.submit(request_for(store=f"{store}/killed"))
-    for moment in (0.4, 0.7, 0.9):
-        process = start_pod(url, tmp_path / f"node-{moment}")
-        time.sleep(took * moment)
-        process.kill()
-        process.communicate()
-    assert ended(start_pod(url, tmp_path / "last"))["digest"] == expected["digest"]
+    for moment in (0.5, 0.8):
+        killed = Pod(url, tmp_path / f"node-{moment}")
+        time.sleep(expected["seconds"] * moment)
+        killed.kill()
+    assert Pod(url, tmp_path / "last").ended()["digest"] == expected["digest"]
     Remote(f"{store}/killed").fetch(expected["digest"], tmp_path / "back")
 
 
@@ -319,16 +277,14 @@ def messages(url: str) -> list[dict[str, Any]]:
     return [json.loads(told.read(name, 1 << 20)) for name in names]
 
 
-@pytest.mark.slow
 @pytest.mark.services
 @pytest.mark.timeout(300)
 def test_what_dagster_is_told_arrives_in_order_and_results_once(store: str, tmp_path: Path) -> None:
     url = pod.submit(request_for(store=store))
-    first = start_pod(url, tmp_path / "first", **pipes("sources"))
+    first = Pod(url, tmp_path / "first", **pipes("sources"))
     until(lambda: S3Files(f"{url}/messages").names())
     first.kill()
-    first.communicate()
-    found = ended(start_pod(url, tmp_path / "second", **pipes("sources")))
+    found = Pod(url, tmp_path / "second", **pipes("sources")).ended()
     methods = [message["method"] for message in messages(url)]
     assert methods[0] == "opened" and methods.count("opened") == 2 and methods[-1] == "closed"
     assert methods.count("report_asset_materialization") == 1
@@ -337,82 +293,101 @@ def test_what_dagster_is_told_arrives_in_order_and_results_once(store: str, tmp_
     assert any("running because" in one["params"]["message"] for one in messages(url) if one["method"] == "log")
 
 
-@pytest.mark.slow
 @pytest.mark.services
-@pytest.mark.timeout(300)
-def test_a_store_that_is_away_for_a_while_costs_a_pod_time_only(server: Weed, store: str, tmp_path: Path) -> None:
-    url = pod.submit(request_for(store=store))
-    process = start_pod(url, tmp_path / "node", **pipes("sources"))
-    until(lambda: S3Files(f"{url}/messages").names())
-    server.kill()
-    time.sleep(8)
-    server.start()
-    assert ended(process)["digest"] == (pod.result(url) or Result()).digest
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("seconds", [3, pytest.param(60, marks=pytest.mark.slow)])
+def test_a_store_that_goes_away_in_the_middle_of_an_upload_costs_a_pod_time_only(
+    server: Weed, store: str, undisturbed: dict[str, Any], tmp_path: Path, seconds: int
+) -> None:
+    expected = made_undisturbed(store, undisturbed, tmp_path / "first")
+    url = pod.submit(request_for(store=f"{store}/away"))
+    went: list[float] = []
+    with between(server.endpoint) as proxy:
+
+        def go_away() -> None:
+            server.kill()
+            went.append(time.monotonic())
+
+        proxy.after_bytes = (expected["size"] // 2, go_away)
+        working = Pod(url, tmp_path / "node", AWS_ENDPOINT_URL=proxy.endpoint, **pipes("sources"))
+        try:
+            until(lambda: went)
+            time.sleep(seconds)
+            assert working.runs()
+        finally:
+            server.start()
+        back = time.monotonic()
+        assert working.ended()["digest"] == expected["digest"]
+    assert seconds < 10 or "the store is asked again for some minutes: s3://test/" in working.errors()
+    print(f"store away for {back - went[0]:.1f} s, the pod ended {time.monotonic() - back:.1f} s after")
+    assert (pod.result(url) or Result()).digest == expected["digest"]
     assert [one["method"] for one in messages(url)][-1] == "closed"
+    Remote(f"{store}/away").fetch(expected["digest"], tmp_path / "back")
 
 
-TRAINING = {"stage1.max_updates": 40, "stage1.epochs": 90, "stage1.checkpoint_every": 1}
-
-
-@pytest.fixture(scope="module")
-def trained_from(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_inputs(tmp_path_factory.mktemp("inputs"))
-
-
-def training_request(store: str, inputs: dict[str, Path], **changes: Any) -> Request:
-    """Stage 1 of a very small model, whose inputs are in the store."""
-    remote, row = Remote(store), stage("stage1_sft")
-    digests = {name: remote.push(inputs[name]).digest for name in row.inputs}
-    recipe = tiny.recipe(**{**TRAINING, **changes}).model_dump(mode="json")
-    return Request(store, row.name, recipe, digests, row.code_digest(CHECKOUT))
-
-
-def copied(url: str) -> list[str]:
-    return [name for name in S3Files(f"{url}/checkpoints").names(".json") if "/" not in name]
-
-
-@pytest.mark.slow
 @pytest.mark.services
 @pytest.mark.timeout(900)
 def test_training_on_a_machine_that_goes_away_goes_on_on_another(
     store: str, trained_from: dict[str, Path], tmp_path: Path
 ) -> None:
-    undisturbed = training_request(f"{store}/undisturbed", trained_from)
-    expected = ended(start_pod(pod.submit(undisturbed), tmp_path / "first", "stage1_sft"))
+    undisturbed = Pod(pod.submit(training_request(f"{store}/undisturbed", trained_from)), tmp_path / "1", "stage1_sft")
     url = pod.submit(training_request(f"{store}/lost", trained_from))
-    killed = start_pod(url, tmp_path / "second", "stage1_sft")
+    killed = Pod(url, tmp_path / "2", "stage1_sft")
     until(lambda: copied(url))
     killed.kill()
-    killed.communicate()
     reached = copied(url)[-1]
-    evicted = start_pod(url, tmp_path / "third", "stage1_sft")
+    evicted = Pod(url, tmp_path / "3", "stage1_sft")
     until(lambda: copied(url)[-1] > reached)
     evicted.terminate()
-    _, said = evicted.communicate(timeout=120)
-    assert evicted.returncode == 75 and "going on after update" in said
-    stopped_at = re.search(r"stopped by a signal after update (\d+)", said)
+    assert evicted.wait() == 75 and "going on after update" in evicted.errors()
+    stopped_at = re.search(r"stopped by a signal after update (\d+)", evicted.errors())
     assert stopped_at and copied(url)[-1] == f"checkpoint-{int(stopped_at[1]):08d}.json"
-    last = start_pod(url, tmp_path / "fourth", "stage1_sft")
-    out, said = last.communicate(timeout=240)
-    assert last.returncode == 0 and f"going on after update {stopped_at[1]}" in said
-    assert json.loads(out.splitlines()[-1])["digest"] == expected["digest"]
+    last = Pod(url, tmp_path / "4", "stage1_sft")
+    said = last.ended()
+    assert f"going on after update {stopped_at[1]}" in last.errors()
+    assert said["digest"] == undisturbed.ended()["digest"]
     assert S3Files(f"{url}/checkpoints").names() == [], "a finished job needs none"
+
+
+def test_the_last_checkpoint_is_copied_even_where_a_second_signal_comes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The Pods of a Job are told to stop once one of them has ended, which was the first to be told."""
+    copied: list[str] = []
+
+    class Mirror:
+        def __init__(self, *_: Any) -> None:
+            pass
+
+        def __enter__(self) -> None:
+            pass
+
+        def __exit__(self, *error: Any) -> None:
+            signal.raise_signal(signal.SIGTERM)
+            copied.append("whole")
+
+    monkeypatch.setattr(checkpoint, "Mirror", Mirror)
+    request = request_for("stage1_sft")
+    with pytest.raises(TrainingInterrupted), pod._checkpoints_mirrored(request, tmp_path, print):
+        raise TrainingInterrupted("stopped")
+    assert copied == ["whole"]
 
 
 @pytest.mark.slow
 @pytest.mark.services
 @pytest.mark.timeout(600)
-def test_processes_that_torchrun_started_make_one_artifact_together(
-    store: str, trained_from: dict[str, Path], tmp_path: Path
+def test_ranks_of_one_pod_make_one_artifact_together(
+    store: str, trained_from: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     two = {"runtime.processes": 2, "stage1.max_updates": 3, "stage1.accumulation": 1}
     request = training_request(store, trained_from, **two)
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    process = start_pod(pod.submit(request), tmp_path / "node", "stage1_sft", launcher)
-    out, errors = process.communicate(timeout=500)
-    assert process.returncode == 0, errors
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    verb = ("-m", "valr_ops", "run", "stage1_sft", "--job", pod.submit(request))
+    command = [sys.executable, "-m", "valr_ops.release.ranks", "--standalone", "--nproc-per-node=2", *verb]
+    process = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=500, check=False)
+    assert process.returncode == 0, process.stderr
     found = pod.result(request.url)
     assert found is not None and found.report["summary"]["updates"] == 3
-    assert found.digest in out
+    assert found.digest in process.stdout
     Remote(store).fetch(found.digest, tmp_path / "model")
     assert {"model.safetensors", "training_log.parquet"} <= {path.name for path in (tmp_path / "model").iterdir()}

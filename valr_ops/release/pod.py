@@ -3,7 +3,8 @@
 In: a `Request`, which `submit` writes below ``jobs/<key>`` of the store; Out: the artifact in the same store, in DVC's
 layout, and a `Result`. `run_job` is the pod's side (``valr run STAGE --job URL``), `collect` brings what it made home.
 Below ``jobs/<key>``: request.json, messages/NNNNNNNN.json (what Dagster Pipes is told, one message each), checkpoints/,
-spool/ (measurements that MLflow did not take) and result.json, the last to be written and only where there is none.
+spool/ (measurements for MLflow, which only the orchestrator reaches) and result.json, the last to be written and only
+where there is none.
 Always: the same request has the same key, so that nothing is started twice; a pod that is killed at any moment is
 followed by one that goes on; what a retry may mend leaves no result.
 """
@@ -35,6 +36,7 @@ from valr_ops.store.artifacts import Ledger, StageContext, folder, project_root,
 from valr_ops.store.objects import Cache, MissingError, S3Files, StorageError, TakenError, patiently
 from valr_ops.store.progress import Progress, open_progress, reporting_to_dagster
 from valr_ops.store.remote import Remote
+from valr_ops.training.stop import StopSignals
 
 EXIT_CONFIGURATION = 42
 _REQUEST, _RESULT = "request.json", "result.json"
@@ -225,8 +227,8 @@ def _follow(request: Request, root: Path) -> Result:
 def _carry_out(request: Request, root: Path) -> Result:
     progress = open_progress(root, request.stage)
     _bring(request, root, progress)
-    with _working_in(root, request), _checkpoints_mirrored(request, root, progress.say):
-        made = runner.run(request.stage)
+    with contextlib.chdir(root), _checkpoints_mirrored(request, root, progress.say):
+        made = runner.run(request.stage, recorded=False)
         stored = _remote(request).push(folder(root, request.stage))
     if not stored.first:
         progress.say(f"{stored.digest} was in the store already: another writer made the same artifact first")
@@ -264,13 +266,24 @@ def _work(request: Request, root: Path) -> Path:
     return root / ".valr" / "work" / request.stage
 
 
-def _checkpoints_mirrored(request: Request, root: Path, say: Any) -> contextlib.AbstractContextManager[None]:
+@contextlib.contextmanager
+def _checkpoints_mirrored(request: Request, root: Path, say: Any) -> Iterator[None]:
     """Within it checkpoints of training are copied to the store."""
     if stage(request.stage).group != "training":
-        return contextlib.nullcontext()
+        yield
+        return
     from valr_ops.model import checkpoint
 
-    return checkpoint.Mirror(_work(request, root), request.checkpoints[0], say)
+    mirror, stopping = checkpoint.Mirror(_work(request, root), request.checkpoints[0], say), StopSignals()
+    mirror.__enter__()
+    try:
+        yield
+    except BaseException:
+        # Where one Pod of several was taken away, the others are told to stop once it has ended: during this copy.
+        with stopping:
+            mirror.__exit__(*sys.exc_info())
+        raise
+    mirror.__exit__(None, None, None)
 
 
 def _end(url: str, mail: _Mail, error: BaseException) -> None:
@@ -310,21 +323,6 @@ def _lay_out(request: Request, root: Path) -> None:
     recipe.write_text(yaml.safe_dump(dict(request.recipe), sort_keys=False), encoding="utf-8")
     outs = {name: {"outs": [{"path": f"artifacts/{name}", "md5": md5}]} for name, md5 in request.inputs.items()}
     (root / "dvc.lock").write_text(yaml.safe_dump({"schema": "2.0", "stages": outs}), encoding="utf-8")
-
-
-@contextlib.contextmanager
-def _working_in(root: Path, request: Request) -> Iterator[None]:
-    """In the job's folder, and with DVC's part (what is out of date, and the record of it) left to the orchestrator."""
-    before = os.environ.get("DVC_STAGE")
-    os.environ["DVC_STAGE"] = request.stage
-    try:
-        with contextlib.chdir(root):
-            yield
-    finally:
-        if before is None:
-            del os.environ["DVC_STAGE"]
-        else:
-            os.environ["DVC_STAGE"] = before
 
 
 def _write_result(url: str, ended: Result) -> Result:
