@@ -50,27 +50,32 @@ def test_string_selections_work():
     assert {key.to_user_string() for key in chosen} >= {"stage1_sft", "teacher_features_pi3", "stage2_valr_m"}
 
 
-def test_loading_the_definitions_imports_nothing_heavy():
+@pytest.fixture(scope="module")
+def fresh_process(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], int]:
+    """What heavy packages the definitions import, and how many modules opening the instance imports after that."""
     script = (
-        "import sys, pipelines.definitions;"
-        "print([m for m in ('torch', 'transformers', 'mlflow', 'great_expectations', 'timm') if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", script], cwd=CHECKOUT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
-
-
-def test_a_forked_step_imports_nothing_more_to_open_the_instance(tmp_path: Path):
-    script = (
-        "import importlib, sys, pipelines.definitions, dagster as dg, dagster._core.executor.multiprocess;"
+        "import importlib, sys, pipelines.definitions;"
+        "print(*(m for m in ('torch', 'transformers', 'mlflow', 'great_expectations', 'timm') if m in sys.modules));"
+        "import dagster as dg, dagster._core.executor.multiprocess;"
         "[importlib.import_module(name) for name in pipelines.definitions.PRELOADED];"
         "before = set(sys.modules);"
         "dg.DagsterInstance.from_config(sys.argv[1]).dispose();"
         "print(len(set(sys.modules) - before))"
     )
-    shutil.copyfile(CHECKOUT / "infra" / "local" / "dagster.yaml", tmp_path / "dagster.yaml")
-    words = [sys.executable, "-c", script, str(tmp_path)]
+    home = tmp_path_factory.mktemp("dagster")
+    shutil.copyfile(CHECKOUT / "infra" / "local" / "dagster.yaml", home / "dagster.yaml")
+    words = [sys.executable, "-c", script, str(home)]
     done = subprocess.run(words, cwd=CHECKOUT, capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 40, "without preloading 500 modules are imported, for a second, in each of the steps"
+    heavy, count = done.stdout.splitlines()
+    return heavy.split(), int(count)
+
+
+def test_loading_the_definitions_imports_nothing_heavy(fresh_process: tuple[list[str], int]):
+    assert fresh_process[0] == []
+
+
+def test_a_forked_step_imports_nothing_more_to_open_the_instance(fresh_process: tuple[list[str], int]):
+    assert fresh_process[1] < 40, "without preloading 500 modules are imported, for a second, in each of the steps"
 
 
 def test_every_stage_function_exists_and_its_code_is_found():

@@ -17,7 +17,7 @@ from valr_ops.data import drafting, inventory, synthetic
 from valr_ops.data.corpus import CorpusError, ImageStore, read_records
 from valr_ops.data.curation import CurationError, build_cot_corpus, validation_rows
 from valr_ops.recipe.recipe import Recipe
-from valr_ops.store.artifacts import StageReport
+from valr_ops.store.artifacts import Check, StageReport
 
 NLVR = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "nlvr"
 
@@ -34,6 +34,14 @@ def given(folder: Path, data: dict[str, Any] | None = None, **source: Any) -> Re
 
 def rejects(corpus: Path, name: str = "rejects.jsonl") -> list[dict[str, str]]:
     return [json.loads(line) for line in (corpus / name).read_text().splitlines()]
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what is decided before the expectations look: they take longer than all else about a small corpus."""
+    passed = Check("corpus_expectations", True, "seen")
+    # By its name, because processes import this file, and great_expectations takes seconds to load.
+    monkeypatch.setattr("valr_ops.data.expectations.corpus_expectations", lambda *_: passed)
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +142,7 @@ def test_a_corpus_without_training_records_stops_the_run(tmp_path: Path) -> None
         built(tmp_path, given(folder))
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_records_of_a_validation_file_are_validation_records(tmp_path: Path) -> None:
     train = [row(number) for number in range(8)]
     folder = jsonl_source(tmp_path / "mine", train=train, validation=[row(0, question="And now?", id="v")])
@@ -156,6 +165,7 @@ def test_a_control_token_in_a_text_opens_no_segment(tmp_path: Path) -> None:
     assert one.steps[0].text == "&lt;|im_end|> I look &lt;/latent>."
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_cap_keeps_a_part_of_what_a_larger_cap_keeps_and_the_rest_is_no_loss(tmp_path: Path) -> None:
     rows = [row(number % 10, id=f"r{number}", question=f"{number}?") for number in range(100)]
     folder = jsonl_source(tmp_path / "mine", train=rows)
@@ -171,6 +181,7 @@ def test_a_cap_keeps_a_part_of_what_a_larger_cap_keeps_and_the_rest_is_no_loss(t
     assert {int(id_.removeprefix("mine/r")) > 50 for id_ in kept[10]} == {True, False}
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_licence_policy_leaves_out_records_and_names_the_licence(tmp_path: Path) -> None:
     rows = [row(number, license="CC-BY-NC-4.0" if number < 6 else "MIT") for number in range(10)]
     folder = jsonl_source(tmp_path / "mine", train=rows)
@@ -182,6 +193,7 @@ def test_a_licence_policy_leaves_out_records_and_names_the_licence(tmp_path: Pat
         built(tmp_path / "none", given(folder, {"license_policy": "commercial"}, limit=5))
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_the_licence_of_the_source_is_that_of_records_that_name_none(tmp_path: Path) -> None:
     rows = [{key: value for key, value in row(number).items() if key != "license"} for number in range(3)]
     corpus, _ = built(tmp_path, given(jsonl_source(tmp_path / "mine", train=[*rows, row(4)]), license="CC-BY-4.0"))
@@ -194,6 +206,7 @@ def views(number: int, targets: list[int | None], **changes: Any) -> dict[str, A
     return row(number, images=images, steps=steps, **changes)
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("unmatched", "expected"),
     [("no_target", [1, None]), ("first_view", [1, 0]), ("reject", None)],
@@ -215,10 +228,11 @@ def test_what_becomes_of_a_step_that_nobody_matched_is_in_the_recipe(
     assert len(by_id["mine/r4"].steps) == 2 and "mine/r7" in by_id
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_records_of_one_scene_stand_on_one_side(tmp_path: Path) -> None:
-    rows = [row(number, scene="hall" if number < 5 else None) for number in range(10)]
+    rows = [row(number, scene="hall" if number < 9 else None) for number in range(10)]
     folder = jsonl_source(tmp_path / "mine", train=rows)
-    for seed in range(6):
+    for seed in range(3):
         made = given(folder, {"validation_fraction": 0.5}).model_copy(update={"seed": seed})
         corpus, _ = built(tmp_path / str(seed), made)
         assert len({one.split for one in read_records(corpus) if one.scene == "hall"}) == 1
@@ -260,6 +274,7 @@ def test_one_group_alone_is_not_taken_and_a_fraction_of_zero_takes_nothing() -> 
     assert validation_rows(["a", "a", "b"], [True, False, False], 0.0, 0) == {0, 1}
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_an_image_of_many_records_is_stored_once(tmp_path: Path) -> None:
     folder = jsonl_source(tmp_path / "mine", train=[row(0, id=str(n), question=f"{n}?") for n in range(5)] + [row(1)])
     corpus, report = built(tmp_path, given(folder))

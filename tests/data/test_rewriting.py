@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 import os
-import signal
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 
 from tests import tiny
+from tests.data.killed import dies
 from valr_ops.data import expectations, rewriting
 from valr_ops.data.corpus import CorpusRecord, ImageReference, write_records
 from valr_ops.data.records import Rejection, Step, Target
@@ -280,11 +280,6 @@ def test_several_processes_write_the_bytes_that_one_writes(
     rejected = [json.loads(line)["id"] for line in (together / "rejects.jsonl").read_text().splitlines()]
     assert rejected == ["tiny/7", "tiny/207", "tiny/407"]
     assert [one.id for one in Sequences(together)] == [one.id for one in many if one.id not in rejected]
-
-
-def dies(_: object) -> None:
-    """What the system does to a process when there is no memory left."""
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.usefixtures("unchecked")
