@@ -43,7 +43,7 @@ class Made:
         self.root, self.told, self.metadata = root, [], dict[str, Any]()
         monkeypatch.chdir(root)
         monkeypatch.setattr(Stage, "code_digest", lambda self, root: "code")
-        monkeypatch.setattr(lineage, "record", lambda root, run: lineage.spool(run, root) and None)
+        monkeypatch.setattr(lineage, "record", lambda root, run, **_: lineage.spool(run, root) and None)
         BEGAN.clear()
 
     def run(self, name: str, recipe: Recipe, function: Any = quick) -> dict[str, float]:

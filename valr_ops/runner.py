@@ -137,6 +137,9 @@ def _run(
         refresh_recipe(root, overrides)
     ledger = Ledger(root)
     states = ledger.states([*row.inputs, row.name])
+    if ledger.digest(row.name) and not states[row.name].edited and _is_whole(root, row.name):
+        # The run that made it was killed before it removed what it had needed; what a later one needs stays.
+        _tidy(root, row.name)
     recipe = recipes.load(root, overrides) if row.name == "recipe" else _recipe_of_artifact(root, row)
     # Before its inputs are asked for: a model that the recipe does not have will not come of making them.
     _of_variant(recipe, row)
@@ -227,9 +230,10 @@ def _make(
         report = replace(report, timings={**report.timings, **took})
     _audit(root, row, staged, report, progress)
     write_manifest(staged, row.name, report)
+    shutil.copyfile(staged / "manifest.json", _made(root, row.name))
     with published(staged, folder(root, row.name), _state(root, "trash") / row.name):
         digest = ledger.commit(row.name) if ledger else directory_digest(folder(root, row.name))
-    shutil.rmtree(context.work, ignore_errors=True)
+    _tidy(root, row.name)
     input_digests = _recorded(root, row.inputs)
     outcome = Outcome(row.name, "made", digest, reasons, time.monotonic() - started, report, input_digests)
     url = lineage.record(
@@ -406,6 +410,24 @@ def _state(root: Path, name: str) -> Path:
     path = root / ".valr" / name
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def _is_whole(root: Path, name: str) -> bool:
+    """Whether the artifact is the version that its last run was about to record."""
+    made, manifest = _made(root, name), folder(root, name) / "manifest.json"
+    return made.is_file() and manifest.is_file() and made.read_bytes() == manifest.read_bytes()
+
+
+def _made(root: Path, name: str) -> Path:
+    """Holds the manifest of a version from when it is whole to when it is recorded."""
+    return _state(root, "work") / f"{name}.made"
+
+
+def _tidy(root: Path, name: str) -> None:
+    """Remove what a stage needs until its artifact is recorded: its checkpoints and the older version."""
+    for state in ("work", "trash"):
+        shutil.rmtree(root / ".valr" / state / name, ignore_errors=True)
+    _made(root, name).unlink(missing_ok=True)
 
 
 def _fresh(path: Path) -> Path:

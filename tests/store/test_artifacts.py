@@ -37,7 +37,8 @@ def write(root: Path, stage: str, content: str) -> None:
     made = root / "artifacts" / f"new_{stage}"
     made.mkdir(parents=True)
     (made / "manifest.json").write_text(content)
-    artifacts.publish(made, root / "artifacts" / stage, root / "trash")
+    with artifacts.published(made, root / "artifacts" / stage, root / "trash"):
+        pass
 
 
 def test_the_pipeline_is_parsed_once_for_any_number_of_stages_and_once_more_when_it_changed(
@@ -147,7 +148,8 @@ def test_a_publication_replaces_the_old_folder_and_flushes_every_file_and_folder
         flushed.add(os.fstat(handle).st_ino)
 
     monkeypatch.setattr("os.fsync", fsync)
-    artifacts.publish(staged, final, trash)
+    with artifacts.published(staged, final, trash):
+        pass
     assert flushed == wanted and len(wanted) == 32
     assert {path.relative_to(final).as_posix() for path in final.rglob("*")} == names | {"shard"}
     assert not staged.exists() and not trash.exists()
@@ -165,5 +167,6 @@ def test_a_file_that_cannot_be_flushed_keeps_the_old_folder(tmp_path: Path, monk
 
     monkeypatch.setattr("os.fsync", fsync)
     with pytest.raises(OSError, match="no space left"):
-        artifacts.publish(staged, final, tmp_path / "trash")
+        with artifacts.published(staged, final, tmp_path / "trash"):
+            pass
     assert (final / "old").exists() and (staged / "new").exists()

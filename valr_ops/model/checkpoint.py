@@ -88,19 +88,24 @@ def write(folder: Path, step: int, tensors: Iterable[tuple[str, Tensor]], state:
     for stale in folder.glob("partial-*"):
         shutil.rmtree(stale)
     partial.mkdir(parents=True)
-    shard: dict[str, Tensor] = {}
-    number, size = 0, 0
-    for name, tensor in tensors:
-        if shard and size + tensor.nbytes > _SHARD_BYTES:
-            save_file(shard, partial / f"tensors-{number:05d}.safetensors")
-            shard, size, number = {}, 0, number + 1
-        shard[name] = tensor.detach().cpu().contiguous().clone()
-        size += tensor.nbytes
-    save_file(shard, partial / f"tensors-{number:05d}.safetensors")
-    sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
-    (partial / _STATE).write_text(json.dumps({**state, "shards": sizes}), encoding="utf-8")
-    for path in [*partial.iterdir(), partial]:
-        _flush(path)
+    try:
+        shard: dict[str, Tensor] = {}
+        number, size = 0, 0
+        for name, tensor in tensors:
+            if shard and size + tensor.nbytes > _SHARD_BYTES:
+                save_file(shard, partial / f"tensors-{number:05d}.safetensors")
+                shard, size, number = {}, 0, number + 1
+            shard[name] = tensor.detach().cpu().contiguous().clone()
+            size += tensor.nbytes
+        save_file(shard, partial / f"tensors-{number:05d}.safetensors")
+        sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
+        (partial / _STATE).write_text(json.dumps({**state, "shards": sizes}), encoding="utf-8")
+        for path in [*partial.iterdir(), partial]:
+            _flush(path)
+    except BaseException:
+        # On a full disk it would be in the way of itself.
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     partial.rename(final)
     _flush(folder)
     for old in _folders(folder)[keep:]:

@@ -32,7 +32,7 @@ from valr_ops import runner
 from valr_ops.recipe.recipe import read
 from valr_ops.recipe.secrets import redacted
 from valr_ops.stages import RECIPE_FILE, stage
-from valr_ops.store.artifacts import Ledger, StageContext, folder, project_root, publish
+from valr_ops.store.artifacts import Ledger, StageContext, folder, project_root, published
 from valr_ops.store.objects import Cache, MissingError, S3Files, StorageError, TakenError, patiently
 from valr_ops.store.progress import Progress, open_progress, reporting_to_dagster
 from valr_ops.store.remote import Remote
@@ -147,8 +147,8 @@ def collect(url: str, root: Path) -> Result:
     staged = state / "staging" / f"{request.stage}.{request.key}"
     shutil.rmtree(staged, ignore_errors=True)
     Remote(request.store).fetch(ended.digest, staged)
-    publish(staged, folder(root, request.stage), state / "trash" / request.stage)
-    recorded = Ledger(root).commit(request.stage)
+    with published(staged, folder(root, request.stage), state / "trash" / request.stage):
+        recorded = Ledger(root).commit(request.stage)
     if recorded != ended.digest:
         raise JobError(
             f"DVC recorded {recorded} for {request.stage}, but the job made {ended.digest}; did something write into "
