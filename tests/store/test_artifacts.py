@@ -166,7 +166,6 @@ def test_a_file_that_cannot_be_flushed_keeps_the_old_folder(tmp_path: Path, monk
         raise OSError("no space left")
 
     monkeypatch.setattr("os.fsync", fsync)
-    with pytest.raises(OSError, match="no space left"):
-        with artifacts.published(staged, final, tmp_path / "trash"):
-            pass
+    with pytest.raises(OSError, match="no space left"), artifacts.published(staged, final, tmp_path / "trash"):
+        pass
     assert (final / "old").exists() and (staged / "new").exists()
