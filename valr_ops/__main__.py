@@ -414,7 +414,10 @@ def _show_prices(recipe: Any, root: Path) -> dict[str, Any]:
     for row in found.rows():
         table.add_row(*row)
     print()
-    Console().print(table)
+    console = Console()
+    # In a file or a pipe nothing is narrow but rich's own guess.
+    console.width = console.width if console.is_terminal else max(console.width, 100)
+    console.print(table)
     print("", *found.remarks(), sep="\n")
     return found.document()
 

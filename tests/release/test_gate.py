@@ -118,7 +118,8 @@ def test_too_few_items_for_an_equally_good_model_are_said_with_how_many_it_would
     assert (equal.difference, equal.passes) == (0, False)
     needed = equal.needed or 0
     (sentence,) = decision.too_few
-    assert "with 60 items even an equally good model can't pass" in sentence and f"about {needed:,} items" in sentence
+    assert "Even an equally good model can't pass" in sentence
+    assert "other with 60 items (its interval reaches" in sentence and f"about {needed:,} items" in sentence
     assert sentence in markdown(decision)
 
     def passes(items: int) -> bool:

@@ -287,8 +287,12 @@ class PairedBootstrap:
 
     @property
     def detectable(self) -> float:
-        """The difference that a comparison like this one shows with a probability of 0.8."""
-        return min(1.0, detectable_difference(self.standard_error, self.confidence))
+        """The difference that a comparison like this one shows with a probability of 0.8.
+
+        Where all clusters differ alike their spread says nothing; then it is at least as far as the interval reaches.
+        """
+        reach = max(self.difference - self.low, self.high - self.difference)
+        return min(1.0, max(reach, detectable_difference(self.standard_error, self.confidence)))
 
 
 def paired_bootstrap(

@@ -120,13 +120,18 @@ class Decision:
 
     @property
     def too_few(self) -> list[str]:
-        """One sentence a benchmark with which the gate would refuse an equally good model too, by chance aside."""
-        return [
-            f"{one.title}: with {one.n:,} items even an equally good model can't pass, because its interval would "
-            f"reach {100 * (one.difference - one.low):.1f} points below zero and {100 * self.delta:g} are allowed; it "
-            f"would take about {one.needed:,} items."
+        """At most one sentence: benchmarks with which the gate would refuse an equally good model too, chance aside."""
+        named = [
+            f"{one.title} with {one.n:,} items (its interval reaches {100 * (one.difference - one.low):.1f}; it would "
+            f"take about {one.needed:,} items)"
             for one in self.benchmarks.values()
             if one.needed is not None and one.needed > one.n
+        ]
+        if not named:
+            return []
+        return [
+            f"Even an equally good model can't pass where its interval reaches more than {100 * self.delta:g} points "
+            f"below zero: {', '.join(named)}."
         ]
 
     @property
