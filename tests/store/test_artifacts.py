@@ -66,6 +66,20 @@ def test_the_pipeline_is_parsed_once_for_any_number_of_stages_and_once_more_when
     assert sorted(parsed) == ["dvc.lock", "dvc.lock", "dvc.yaml", "dvc.yaml"]
 
 
+def test_a_run_that_a_kill_kept_from_being_remembered_is_made_again(root: Path) -> None:
+    ledger = Ledger(root)
+    ledger.commit("first")
+    (run,) = (root / ".dvc" / "cache" / "runs").glob("*/*/*")
+    run.unlink()
+    (root / "dvc.lock").unlink()
+    (root / "artifacts" / "first" / "manifest.json").unlink()
+    assert Ledger(root).restore("first") is False
+    write(root, "first", "first")
+    Ledger(root).commit("first")
+    (root / "dvc.lock").unlink()
+    assert Ledger(root).restore("first") is True
+
+
 def test_what_another_process_records_is_seen(root: Path) -> None:
     mine, others = Ledger(root), Ledger(root)
     assert [state.reasons for state in mine.states(STAGES).values()] == [("it was not made yet",)] * 3

@@ -269,6 +269,7 @@ class Ledger:
 
         try:
             with self.repo.lock:
+                _remove_empty_runs(Path(self.repo.stage_cache.cache_dir))
                 self.repo.stage_cache.restore(self.repo.stage.get_target(_target(stage)))
         except RunCacheNotFoundError:
             return False
@@ -421,6 +422,17 @@ def _with_entry(text: str, name: str, entry: str) -> str:
     older = re.search(rf"^  {re.escape(name)}:\n(?:    .*\n|\n)+", text, re.MULTILINE)
     start, end = older.span() if older else (len(text), len(text))
     return text[:start] + entry + text[end:]
+
+
+def _remove_empty_runs(runs: Path) -> None:
+    """Remove what a kill or a full disk left of DVC's memory of earlier runs: folders in which nothing was written.
+
+    DVC fails at such a folder whenever the same inputs come again. Who calls has DVC's lock, so none is being filled.
+    """
+    for run in runs.glob("*/*"):
+        with suppress(OSError):
+            # Only of a folder that is empty.
+            run.rmdir()
 
 
 def _remove_dead_rwlock(folder: Path) -> None:
