@@ -23,8 +23,7 @@ import dagster as dg
 # Dagster raises them and does not export them.
 from dagster._core.errors import DagsterExecutionInterruptedError, DagsterPipesExecutionError
 
-from valr_ops.__main__ import EXIT_CONFIGURATION
-from valr_ops.training.stop import RESUME_EXIT_CODE
+from valr_ops.exits import EXIT_AT_CHECKPOINT, EXIT_CONFIGURATION
 
 if TYPE_CHECKING:
     from valr_ops.recipe.recipe import Recipe
@@ -286,7 +285,7 @@ def _show_line(job: str) -> Any:
 
 
 def _of_ending(ending: endings.Ending, stage: str) -> dg.Failure:
-    status = {"configuration": EXIT_CONFIGURATION, "resume": RESUME_EXIT_CODE, "evicted": RESUME_EXIT_CODE}
+    status = {"configuration": EXIT_CONFIGURATION, "resume": EXIT_AT_CHECKPOINT, "evicted": EXIT_AT_CHECKPOINT}
     otherwise = 1 if ending.can_be_retried else EXIT_CONFIGURATION
     return _ended_badly(ending.sentence, stage, status.get(ending.kind, otherwise), ending.kind)
 

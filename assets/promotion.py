@@ -18,7 +18,7 @@ import dagster as dg
 
 from assets.factory import RECIPE, project_recipe
 from assets.retrying import WAITS_SECONDS, raise_for
-from valr_ops.__main__ import EXIT_CONFIGURATION, EXIT_REFUSED
+from valr_ops.exits import EXIT_CONFIGURATION, EXIT_REFUSED
 from valr_ops.recipe.recipe import ReleaseRecipe
 from valr_ops.store.artifacts import project_root
 

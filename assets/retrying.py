@@ -13,7 +13,7 @@ from typing import NoReturn
 
 import dagster as dg
 
-from valr_ops.training.stop import RESUME_EXIT_CODE
+from valr_ops.exits import EXIT_AT_CHECKPOINT
 
 WAITS_SECONDS = (30.0, 120.0, 600.0)
 """Before each try after an unexplained failure: a lost node or a store that restarts is back within minutes."""
@@ -31,7 +31,7 @@ def raise_for(failure: dg.Failure, context: dg.AssetExecutionContext, waits_seco
         waits_seconds: before each try after an unexplained failure; empty where a person is waiting for the answer.
     """
     status = failure.metadata.get("exit_status")
-    if status is not None and status.value == RESUME_EXIT_CODE:
+    if status is not None and status.value == EXIT_AT_CHECKPOINT:
         raise dg.RetryRequested(max_retries=_RESUMES) from failure
     waited = _waits(context)
     if not failure.allow_retries or waited >= len(waits_seconds):

@@ -22,7 +22,7 @@ from assets.factory import FRESH, REPORT, project_recipe
 from pipelines import notifying
 from pipelines.jobs import everything
 from pipelines.schedules import AUTOMATIC, WHY
-from valr_ops.__main__ import EXIT_CONFIGURATION
+from valr_ops.exits import EXIT_CONFIGURATION
 from valr_ops.recipe.recipe import Recipe
 from valr_ops.store.artifacts import folder, project_root
 from valr_ops.store.objects import Files, is_remote, open_files

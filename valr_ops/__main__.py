@@ -18,9 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-EXIT_REFUSED = 3
-EXIT_CONFIGURATION = 42
-EXIT_INTERRUPTED = 130
+from valr_ops.exits import EXIT_CONFIGURATION, EXIT_INTERRUPTED, EXIT_REFUSED, exit_status, is_ours
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,16 +40,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        ours = type(error).__module__.startswith("valr_ops")
-        if isinstance(error, OSError) and not ours:
+        if isinstance(error, OSError) and not is_ours(error):
             _complain(f"{error.strerror or error} {f'({error.filename})' if error.filename else ''}".strip(), options)
-        elif ours:
+        elif is_ours(error):
             _complain(str(error), options)
         else:
             _complain(
                 f"unexpected {type(error).__name__}: {error}\nThe same command with --debug shows where.", options
             )
-        return int(getattr(error, "exit_status", EXIT_CONFIGURATION if ours else 1))
+        return exit_status(error)
 
 
 def _parser() -> argparse.ArgumentParser:

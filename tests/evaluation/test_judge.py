@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from tests.data.endpoint import Asked, Says, completion, error, saying, serving
-from valr_ops.__main__ import EXIT_CONFIGURATION, main
+from valr_ops.__main__ import main
 from valr_ops.evaluation.judge import KEY_VARIABLE, PROMPT, REPLIES, Judge, JudgeError, open_judge, task_of
 from valr_ops.evaluation.scoring import LMMS_EVAL, OFFICIAL, VLMEVALKIT, Case, Scored, ScoringError, score, score_file
+from valr_ops.exits import EXIT_CONFIGURATION
 from valr_ops.store.chat import Clock
 
 MODEL = "gpt-4o-2024-08-06"

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from valr_ops.__main__ import EXIT_CONFIGURATION, main
+from valr_ops.__main__ import main
 from valr_ops.evaluation.benchmarks import mmvp, vsi_bench
 from valr_ops.evaluation.scoring import LMMS_EVAL, Case, Scored, ScoringError, read_cases, score, score_file
+from valr_ops.exits import EXIT_CONFIGURATION
 
 CASE = {"id": "1", "question_type": "object_counting", "gold": "4", "output": "4 chairs"}
 

@@ -23,6 +23,7 @@ from tests.faults import made as making
 from tests.faults.made import Made
 from tests.faults.starting import Started, Starter
 from tests.project import MICRO
+from valr_ops.exits import EXIT_AT_CHECKPOINT
 from valr_ops.stages import STAGES
 
 RESULTS = {
@@ -42,7 +43,6 @@ SHORT: dict[str, Any] = MICRO | {
 WHOLE: dict[str, Any] = {"scale": "tiny"}
 TRAINED = ("base_model", "stage1_sft", "stage2_valr_s", "stage2_valr_m", CELL)
 """Where a kill can cost most."""
-EXIT_AT_CHECKPOINT = 75
 
 _FIRST = (*TRAINED, "cot_corpus", "latent_corpus", "teacher_features_dinov3", "scores_valr_m", "sources")
 ORDER = (*_FIRST, *(row.name for row in STAGES if row.name not in _FIRST))

@@ -21,7 +21,8 @@ from dvc.repo import Repo
 from assets.promotion import promotion
 from tests.evaluation import scenes
 from tests.project import CHECKOUT
-from valr_ops.__main__ import EXIT_CONFIGURATION, EXIT_INTERRUPTED, EXIT_REFUSED, main
+from valr_ops.__main__ import main
+from valr_ops.exits import EXIT_CONFIGURATION, EXIT_INTERRUPTED, EXIT_REFUSED
 from valr_ops.store import lineage
 from valr_ops.store.artifacts import Ledger, directory_digest
 

@@ -31,6 +31,7 @@ from tests.training.inputs import (
 )
 from valr_ops.data.batching import Batch, Collator
 from valr_ops.data.sequences import Sequence
+from valr_ops.exits import EXIT_AT_CHECKPOINT
 from valr_ops.model import latents
 from valr_ops.model.alignment import Projectors
 from valr_ops.model.checkpoint import CheckpointError
@@ -42,7 +43,7 @@ from valr_ops.training.engine import Ranks
 from valr_ops.training.loop import build_stage1, build_stage2
 from valr_ops.training.objective import Counts, Objective
 from valr_ops.training.passes import TrainingError
-from valr_ops.training.stop import RESUME_EXIT_CODE, TrainingInterrupted
+from valr_ops.training.stop import TrainingInterrupted
 from valr_ops.training.windows import Share
 
 LEARNING = {
@@ -410,7 +411,7 @@ def test_sigterm_ends_the_update_writes_a_checkpoint_and_asks_for_a_resume(
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(TrainingInterrupted, match="after update 3 of 5") as interrupted:
         stage2(inputs, tmp_path, SignalledAt(3))
-    assert interrupted.value.exit_status == RESUME_EXIT_CODE == 75
+    assert interrupted.value.exit_status == EXIT_AT_CHECKPOINT == 75
     assert signal.getsignal(signal.SIGTERM) is before
     report, progress = stage2(inputs, tmp_path)
     assert min(progress.logged) == 4

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from valr_ops.exits import EXIT_AT_CHECKPOINT, EXIT_CONFIGURATION
 from valr_ops.recipe.recipe import ClusterRecipe
-from valr_ops.release.manifest import CONTAINER, EXIT_CONFIGURATION
-from valr_ops.training.stop import RESUME_EXIT_CODE
+from valr_ops.release.manifest import CONTAINER
 
 _IMAGE_REASONS = ("ErrImagePull", "ImagePullBackOff", "ErrImageNeverPull", "InvalidImageName", "ImageInspectError")
 _START_REASONS = ("CreateContainerConfigError", "CreateContainerError", "RunContainerError")
@@ -164,7 +164,7 @@ def _by_exit_code(pod: str, code: int, ended: Mapping[str, Any], cluster: Cluste
         )
     if code == EXIT_CONFIGURATION:
         return Ending("configuration", said or f"Pod {pod} ended with status 42: its log says what has to be mended")
-    if code == RESUME_EXIT_CODE:
+    if code == EXIT_AT_CHECKPOINT:
         return Ending("resume", f"Pod {pod} stopped at a checkpoint; run the same again and it goes on from there")
     if code == 137 and said.startswith("rank "):
         return Ending(
@@ -186,7 +186,7 @@ def _from_message(name: str, message: str) -> Ending:
     code = re.search(r"exit code (\d+)", message)
     if code and int(code[1]) == EXIT_CONFIGURATION:
         return Ending("configuration", f"Job {name} ended with status 42; the log of its run says what to mend")
-    if code and int(code[1]) == RESUME_EXIT_CODE:
+    if code and int(code[1]) == EXIT_AT_CHECKPOINT:
         return Ending("resume", f"Job {name} stopped at a checkpoint; run the same again and it goes on from there")
     if "DisruptionTarget" in message:
         return Ending(

@@ -14,17 +14,15 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from valr_ops.exits import EXIT_AT_CHECKPOINT, EXIT_CONFIGURATION
 from valr_ops.recipe.recipe import ClusterRecipe, Recipe
 from valr_ops.stages import Stage
-from valr_ops.training.stop import RESUME_EXIT_CODE
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from valr_ops.release.pod import Request
 
-EXIT_CONFIGURATION = 42
-"""Exit status of the verbs for what a retry can't mend; `__main__` says which there are."""
 CONTAINER = "stage"
 SERVICE = "valr-stages"
 """The headless Service that gives the Pods of a Job on several nodes their names; one for all Jobs."""
@@ -182,7 +180,7 @@ def _set(name: str, job: Mapping[str, Any]) -> dict[str, Any]:
                     "name": "endedByItself",
                     "action": "FailJobSet",
                     "onJobFailureReasons": ["PodFailurePolicy"],
-                    "onJobFailureMessagePatterns": [f".*exit code ({EXIT_CONFIGURATION}|{RESUME_EXIT_CODE}) .*"],
+                    "onJobFailureMessagePatterns": [f".*exit code ({EXIT_CONFIGURATION}|{EXIT_AT_CHECKPOINT}) .*"],
                 },
             ],
         },
@@ -206,7 +204,7 @@ def _failure_rules(nodes: int) -> list[dict[str, Any]]:
             "onExitCodes": {
                 "containerName": CONTAINER,
                 "operator": "In",
-                "values": [EXIT_CONFIGURATION, RESUME_EXIT_CODE],
+                "values": [EXIT_CONFIGURATION, EXIT_AT_CHECKPOINT],
             },
         },
     ]

@@ -29,6 +29,7 @@ import yaml
 from filelock import FileLock
 
 from valr_ops import runner
+from valr_ops.exits import EXIT_CONFIGURATION, exit_status
 from valr_ops.recipe.recipe import read
 from valr_ops.recipe.secrets import redacted
 from valr_ops.stages import RECIPE_FILE, stage
@@ -38,7 +39,6 @@ from valr_ops.store.progress import Progress, open_progress, reporting_to_dagste
 from valr_ops.store.remote import Remote
 from valr_ops.training.stop import StopSignals
 
-EXIT_CONFIGURATION = 42
 _REQUEST, _RESULT = "request.json", "result.json"
 _MAX_BYTES = 64 << 20
 _CACHED_FRACTION = 0.5
@@ -288,8 +288,7 @@ def _checkpoints_mirrored(request: Request, root: Path, say: Any) -> Iterator[No
 
 def _end(url: str, mail: _Mail, error: BaseException) -> None:
     """Tell how the job failed; it has a result only where a retry can't mend it."""
-    ours = type(error).__module__.startswith("valr_ops")
-    status = int(getattr(error, "exit_status", EXIT_CONFIGURATION if ours else 1))
+    status = exit_status(error)
     # The store itself may be what failed; then `error` is raised, not that it can't be told.
     with contextlib.suppress(StorageError):
         mail.finish(results=status == EXIT_CONFIGURATION)

@@ -15,7 +15,7 @@ from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from valr_ops.training.stop import RESUME_EXIT_CODE
+from valr_ops.exits import EXIT_AT_CHECKPOINT
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         torchrun.run(torchrun.parse_args(list(arguments)))
     except SignalException:
-        return RESUME_EXIT_CODE
+        return EXIT_AT_CHECKPOINT
     except ChildFailedError as error:
         # A rank that is killed takes its peers with it, which then can't reach it; one that stopped was told to.
         rank, failure = min(error.failures.items(), key=lambda one: _rank_of_cause(one[1]))
@@ -37,11 +37,11 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _rank_of_cause(failure: ProcessFailure) -> tuple[bool, bool, int]:
-    return failure.exitcode > 0, failure.exitcode == RESUME_EXIT_CODE, failure.timestamp
+    return failure.exitcode > 0, failure.exitcode == EXIT_AT_CHECKPOINT, failure.timestamp
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    sys.exit(RESUME_EXIT_CODE)
+    sys.exit(EXIT_AT_CHECKPOINT)
 
 
 if __name__ == "__main__":

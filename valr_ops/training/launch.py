@@ -22,10 +22,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
+from valr_ops.exits import EXIT_AT_CHECKPOINT
 from valr_ops.recipe.recipe import read
 from valr_ops.store.artifacts import Check, StageContext, StageReport
 from valr_ops.store.progress import Progress
-from valr_ops.training.stop import RESUME_EXIT_CODE, StopSignals, TrainingInterrupted
+from valr_ops.training.stop import StopSignals, TrainingInterrupted
 
 T = TypeVar("T")
 _MARK = "valr-rank-0 "
@@ -88,10 +89,10 @@ def run_ranks(context: StageContext, function: str) -> StageReport:
     if "report" in told:
         report = told["report"]
         return StageReport(**{**report, "checks": tuple(Check(**check) for check in report["checks"])})
-    if told.get("exit_status") == RESUME_EXIT_CODE:
+    if told.get("exit_status") == EXIT_AT_CHECKPOINT:
         raise TrainingInterrupted(told["message"])
     if stop.requested():
-        raise RankError(f"stopped by {stop.received} before a checkpoint could be written", RESUME_EXIT_CODE)
+        raise RankError(f"stopped by {stop.received} before a checkpoint could be written", EXIT_AT_CHECKPOINT)
     message = told.get("message") or "a training process ended without saying why; its last lines:\n" + "\n".join(last)
     raise RankError(message, int(told.get("exit_status", 1)))
 

@@ -12,14 +12,13 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
-RESUME_EXIT_CODE = 75
-"""EX_TEMPFAIL: the run stopped at a checkpoint; the same command goes on."""
+from valr_ops.exits import EXIT_AT_CHECKPOINT
 
 
 class TrainingInterrupted(RuntimeError):
     """A signal stopped the run after a whole update, and the checkpoint is written."""
 
-    exit_status = RESUME_EXIT_CODE
+    exit_status = EXIT_AT_CHECKPOINT
 
 
 class StopSignals:
