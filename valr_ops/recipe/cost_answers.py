@@ -91,6 +91,56 @@ def _spread(every: list[_Questions], count: int, rounds: Span) -> list[_Question
     return [_Questions(min(count, total), images, rounds)]
 
 
+@dataclass(frozen=True)
+class _Effort:
+    """What it takes to ask some questions."""
+
+    opened: Span
+    """Images."""
+    tower: Span
+    """FLOPs, as the next three."""
+    questions: Span
+    answers: Span
+    replays: Span
+    """Attention read off answers that are given."""
+    read: Span
+    """Bytes of weights, and of keys and values, token by token."""
+    longest: float
+    """Positions of the longest question with its answer."""
+
+
+def _effort(
+    one: _Questions, recipe: Recipe, corpus: Corpus, model: Shape, element: int, *, latents: bool, replays: int
+) -> _Effort:
+    """What `one` takes; `element` are the bytes of a number."""
+    limits, settings = recipe.price, recipe.evaluation
+    an_image = corpus.image_positions / corpus.images
+    question = round((1 - limits.supervised_share) * limits.text_tokens)
+    prompt = round(question + one.images * an_image)
+    tokens = min(limits.answer_tokens, settings.max_new_tokens), settings.max_new_tokens
+    slots = corpus.segments * (recipe.latents.fed_slots + 2) if latents else 0.0
+    batches, rows = math.ceil(one.items / settings.batch_size), min(settings.batch_size, one.items)
+    tower = model.vision_flops(round(cost.MERGE**2 * an_image))
+    answers, replayed, read = [], [], []
+    for times, written in zip(one.rounds, tokens, strict=True):
+        length = written + slots
+        whole = model.decoder_flops(round(prompt + length), round(written))
+        answers.append(times * one.items * (whole - model.decoder_flops(prompt, 0)))
+        replayed.append(replays * one.items * whole)
+        cached = rows * model.cached_per_position * (prompt + length / 2)
+        head = written * model.hidden * model.vocabulary
+        read.append(times * batches * element * (length * (model.block_parameters + cached) + head))
+    return _Effort(
+        opened=scaled(one.rounds, one.items * one.images),
+        tower=scaled(one.rounds, one.items * one.images * tower),
+        questions=scaled(one.rounds, one.items * model.decoder_flops(prompt, 1)),
+        answers=(answers[0], answers[1]),
+        replays=(replayed[0], replayed[1]),
+        read=(read[0], read[1]),
+        longest=prompt + tokens[1] + slots,
+    )
+
+
 def _asking(
     recipe: Recipe,
     row: Stage,
@@ -104,51 +154,28 @@ def _asking(
 ) -> Price:
     if not asked:
         raise PriceError(f"{row.name} has nothing to ask; name a benchmark in evaluation.benchmarks")
-    limits, settings, gpu = recipe.price, recipe.evaluation, recipe.runtime.device == "cuda"
-    element = 2 if precision == "bfloat16" else 4
-    an_image = corpus.image_positions / corpus.images
-    question = round((1 - limits.supervised_share) * limits.text_tokens)
-    tokens = min(limits.answer_tokens, settings.max_new_tokens), settings.max_new_tokens
-    slots = corpus.segments * (recipe.latents.fed_slots + 2) if latents else 0.0
-    head = model.hidden * model.vocabulary
-    towers, prompts, answers, replayed = ([exactly(0.0)] for _ in range(4))
-    read: list[Span] = []
-    opened: list[Span] = []
-    longest = images = 0.0
-    together = min(settings.batch_size, max(one.items for one in asked))
-    for one in asked:
-        prompt = round(question + one.images * an_image)
-        longest = max(longest, prompt + tokens[1] + slots)
-        images += one.items * one.images
-        opened.append(scaled(one.rounds, one.items * one.images))
-        batches = math.ceil(one.items / settings.batch_size)
-        rows = min(settings.batch_size, one.items)
-        towers.append(scaled(one.rounds, one.items * one.images * model.vision_flops(round(cost.MERGE**2 * an_image))))
-        prompts.append(scaled(one.rounds, one.items * model.decoder_flops(prompt, 1)))
-        grown, steps, again = [], [], []
-        for times, written in zip(one.rounds, tokens, strict=True):
-            length = written + slots
-            whole = model.decoder_flops(round(prompt + length), round(written))
-            grown.append(times * one.items * (whole - model.decoder_flops(prompt, 0)))
-            again.append(replays * one.items * whole)
-            cached = rows * model.cached_per_position * (prompt + length / 2)
-            steps.append(times * batches * element * (length * (model.block_parameters + cached) + written * head))
-        answers.append((grown[0], grown[1]))
-        replayed.append((again[0], again[1]))
-        read.append((steps[0], steps[1]))
-    parallel = {"vision tower": add(towers), "questions": add(prompts)}
+    limits, element = recipe.price, 2 if precision == "bfloat16" else 4
+    efforts = [_effort(one, recipe, corpus, model, element, latents=latents, replays=replays) for one in asked]
+    parallel = {
+        "vision tower": add(effort.tower for effort in efforts),
+        "questions": add(effort.questions for effort in efforts),
+    }
     if replays:
-        parallel["attention over answers"] = add(replayed)
-    flops = {**parallel, "answers": add(answers)}
-    hours = {"opening images": scaled(over(add(opened), limits.images_per_second), 1 / 3600)}
-    if gpu:
+        parallel["attention over answers"] = add(effort.replays for effort in efforts)
+    flops = {**parallel, "answers": add(effort.answers for effort in efforts)}
+    opened = add(effort.opened for effort in efforts)
+    hours = {"opening images": scaled(over(opened, limits.images_per_second), 1 / 3600)}
+    if recipe.runtime.device == "cuda":
         # What is computed one position at a time waits for memory, not for products.
         hours["computing"] = computing(recipe, parallel.values(), 1, precision)
-        hours["answers, token by token"] = reading(recipe, add(read))
+        hours["answers, token by token"] = reading(recipe, add(effort.read for effort in efforts))
     else:
         hours["computing"] = computing(recipe, flops.values(), 1)
     weights = weight_bytes(model, element)
+    together = min(recipe.evaluation.batch_size, max(one.items for one in asked))
+    longest = max(effort.longest for effort in efforts)
     cache = round(element * together * model.cached_per_position * longest)
+    images = sum(one.items * one.images for one in asked)
     return sheet(
         recipe,
         row.name,
