@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.made import context, digests, jsonl_source, recipe, row
-from tests.store.weed import Weed, environment, shared
+from tests.store.weed import Weed
 from valr_ops.data import sources
 from valr_ops.data.corpus import ImageStore, Records
 from valr_ops.data.curation import build_cot_corpus
@@ -19,18 +19,7 @@ from valr_ops.recipe.recipe import DataRecipe, Recipe, SourceRecipe, SyntheticRe
 from valr_ops.store import objects
 from valr_ops.store.objects import Cache
 
-pytestmark = pytest.mark.services
-
-
-@pytest.fixture
-def server(request: pytest.FixtureRequest) -> Weed:
-    return shared(request.config)
-
-
-@pytest.fixture(autouse=True)
-def _environment(server: Weed, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in environment(server).items():
-        monkeypatch.setenv(name, value)
+pytestmark = [pytest.mark.services, pytest.mark.usefixtures("s3_store")]
 
 
 def given(location: str) -> Recipe:
@@ -43,9 +32,9 @@ def built(folder: Path, made: Recipe) -> Path:
     return folder / "cot_corpus"
 
 
-def test_a_corpus_from_a_bucket_has_the_bytes_of_one_from_a_folder(server: Weed, tmp_path: Path) -> None:
+def test_a_corpus_from_a_bucket_has_the_bytes_of_one_from_a_folder(s3_store: Weed, tmp_path: Path) -> None:
     folder = jsonl_source(tmp_path / "mine", train=[row(number) for number in range(9)], test=[row(9)])
-    server.upload(folder, "test", "mine")
+    s3_store.upload(folder, "test", "mine")
     made = given("s3://test/mine")
     remote, local = built(tmp_path / "remote", made), built(tmp_path / "local", given(str(folder)))
     # It names the recipe, in which the locations differ.
@@ -53,14 +42,14 @@ def test_a_corpus_from_a_bucket_has_the_bytes_of_one_from_a_folder(server: Weed,
         (corpus / "distribution.json").unlink()
     assert digests(remote) == digests(local)
     assert changed_sources(made, tmp_path / "remote" / "sources") is None
-    server.client().put_object(Bucket="test", Key="mine/images/3.png", Body=b"x")
+    s3_store.client().put_object(Bucket="test", Key="mine/images/3.png", Body=b"x")
     assert changed_sources(made, tmp_path / "remote" / "sources") == "source mine changed: images/3.png"
 
 
 @pytest.mark.parametrize("format_name", sorted(set(sources.FORMATS) - {"jsonl"}))
-def test_every_format_is_read_from_a_bucket(server: Weed, tmp_path: Path, format_name: str) -> None:
+def test_every_format_is_read_from_a_bucket(s3_store: Weed, tmp_path: Path, format_name: str) -> None:
     write_layout(format_name, tmp_path, "mine", 0, SyntheticRecipe(train_records=4))
-    server.upload(tmp_path, "test", format_name)
+    s3_store.upload(tmp_path, "test", format_name)
 
     def read(location: str) -> list[Record]:
         settings = SourceRecipe(format=format_name, path=location)  # type: ignore[arg-type]
@@ -71,16 +60,16 @@ def test_every_format_is_read_from_a_bucket(server: Weed, tmp_path: Path, format
     assert read(f"s3://test/{format_name}") == read(str(tmp_path)) != []
 
 
-def test_a_corpus_in_a_bucket_is_read_through_a_bounded_cache(server: Weed, tmp_path: Path) -> None:
+def test_a_corpus_in_a_bucket_is_read_through_a_bounded_cache(s3_store: Weed, tmp_path: Path) -> None:
     folder = jsonl_source(tmp_path / "mine", train=[row(number) for number in range(9)])
     corpus = built(tmp_path, given(str(folder)))
-    server.upload(corpus, "test", "corpus")
+    s3_store.upload(corpus, "test", "corpus")
     cache = Cache(tmp_path / "cache", 1 << 20)
     assert list(Records("s3://test/corpus", cache)) == list(Records(corpus))
     near, far = ImageStore(corpus), ImageStore("s3://test/corpus", cache)
     assert {digest: far.get(digest) for digest in far} == {digest: near.get(digest) for digest in near}
     # What lies there is not what the index says.
-    server.client().put_object(Bucket="test", Key="corpus/records-00000.arrow", Body=b"another")
+    s3_store.client().put_object(Bucket="test", Key="corpus/records-00000.arrow", Body=b"another")
     with pytest.raises(ShardError, match=r"records-00000.arrow.*damaged or was replaced"):
         list(Records("s3://test/corpus", Cache(tmp_path / "another", 1 << 20)))
 
@@ -97,17 +86,17 @@ def test_a_wrong_key_and_a_bucket_that_is_not_there_are_said(monkeypatch: pytest
 
 
 def test_a_server_that_dies_while_a_source_is_read_ends_in_one_error_and_the_next_run_succeeds(
-    server: Weed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    s3_store: Weed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(objects, "_ATTEMPTS", 2)
     rows = [row(number % 10, id=f"r{number}", question=f"{number}? {'long ' * 10_000}") for number in range(150)]
-    server.upload(jsonl_source(tmp_path / "long", train=rows), "test", "long")
+    s3_store.upload(jsonl_source(tmp_path / "long", train=rows), "test", "long")
     made = given("s3://test/long")
     build_sources(context(tmp_path, "sources", made))
     opened = sources.opened("mine", made, tmp_path / "sources")
     reading = sources.read(opened)
     for _ in range(30):
         next(reading)
-    with server.away(), pytest.raises(SourceError, match=r"source 'mine'.*(can't be reached|broke off)"):
+    with s3_store.away(), pytest.raises(SourceError, match=r"source 'mine'.*(can't be reached|broke off)"):
         list(reading)
     assert len(list(sources.read(opened))) == 150

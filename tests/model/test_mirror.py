@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.store.weed import Weed, environment, shared
+from tests.store.weed import Weed
 from valr_ops.model import checkpoint
 from valr_ops.model.checkpoint import Mirror, restore
 from valr_ops.store import objects
@@ -23,14 +23,7 @@ RUN = {"seed": 0}
 
 
 @pytest.fixture
-def server(request: pytest.FixtureRequest) -> Weed:
-    return shared(request.config)
-
-
-@pytest.fixture
-def location(server: Weed, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
-    for name, value in environment(server).items():
-        monkeypatch.setenv(name, value)
+def location(s3_store: Weed, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
     monkeypatch.setattr(checkpoint, "_LOOK_SECONDS", 0.05)
     return f"s3://test/{tmp_path.name}"
 
@@ -110,7 +103,9 @@ def test_of_several_attempts_the_furthest_counts(location: str, tmp_path: Path) 
     assert newest_step(tmp_path / "work") == 9
 
 
-def test_a_checkpoint_damaged_in_the_store_is_said_and_passed_over(server: Weed, location: str, tmp_path: Path) -> None:
+def test_a_checkpoint_damaged_in_the_store_is_said_and_passed_over(
+    s3_store: Weed, location: str, tmp_path: Path
+) -> None:
     said: list[str] = []
     with Mirror(tmp_path / "work", location, said.append):
         for step in (1, 2):
@@ -119,7 +114,7 @@ def test_a_checkpoint_damaged_in_the_store_is_said_and_passed_over(server: Weed,
     for file in made.iterdir():
         digest = hashlib.md5(file.read_bytes()).hexdigest()
         name = f"{location.removeprefix('s3://test/')}/files/md5/{digest[:2]}/{digest[2:]}"
-        server.client().put_object(Bucket="test", Key=name, Body=b"x" * file.stat().st_size)
+        s3_store.client().put_object(Bucket="test", Key=name, Body=b"x" * file.stat().st_size)
     assert restore(tmp_path / "other", [location], said.append)
     assert newest_step(tmp_path / "other") == 1
     assert "checkpoint-00000002 can't be used, going on from the one before it" in said[0]
@@ -132,13 +127,13 @@ def test_a_checkpoint_damaged_in_the_store_is_said_and_passed_over(server: Weed,
 
 
 def test_training_goes_on_while_the_store_is_away(
-    server: Weed, location: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    s3_store: Weed, location: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(objects, "_PATIENT_ATTEMPTS", 1)
     monkeypatch.setattr(objects, "_ATTEMPTS", 1)
     said: list[str] = []
     with Mirror(tmp_path / "work", location, said.append):
-        with server.away():
+        with s3_store.away():
             write(tmp_path / "work", 1)
             until(lambda: len(said) > 0)
             write(tmp_path / "work", 2)

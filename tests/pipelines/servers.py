@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,14 @@ import dagster as dg
 
 # What the pages and the command line ask for runs by, and Dagster does not export.
 from dagster._cli.job import _create_run
+from dagster._core.execution.backfill import PartitionBackfill
 from dagster._core.workspace.context import WorkspaceProcessContext
 from dagster._core.workspace.load_target import GrpcServerTarget
 from dagster._grpc.client import DagsterGrpcClient
 
 from tests.project import CHECKOUT
 from tests.store.postgres import free_port
+from valr_ops.stages import ABLATION
 
 LOCATION = "project"
 INSTANCES = CHECKOUT / "infra" / "local"
@@ -152,3 +154,20 @@ def ended(instance: dg.DagsterInstance, runs: list[str]) -> bool:
     """Whether all of the runs are over."""
     found = instance.get_runs(dg.RunsFilter(run_ids=runs))
     return len(found) == len(runs) and all(run.is_finished for run in found)
+
+
+def backfill_of(name: str, graph: Any, cells: Sequence[str], instance: dg.DagsterInstance) -> PartitionBackfill:
+    """What Dagster's page makes when a person chooses several cells of the ablation in the asset graph `graph`."""
+    return PartitionBackfill.from_asset_partitions(
+        backfill_id=name,
+        asset_graph=graph,
+        partition_names=list(cells),
+        asset_selection=[dg.AssetKey(ABLATION)],
+        backfill_timestamp=time.time(),
+        tags={},
+        dynamic_partitions_store=instance,
+        all_partitions=False,
+        title=None,
+        description=None,
+        run_config=None,
+    )

@@ -14,12 +14,10 @@ import dagster as dg
 import pytest
 import yaml
 
-# Dagster's pages make one for every backfill, and it is not exported.
-from dagster._core.execution.backfill import PartitionBackfill
-
 from assets import factory, retrying
 from assets.ablation import CELLS, ablation
 from assets.dispatch import StageRunner
+from tests.pipelines.servers import backfill_of
 from tests.project import CHECKOUT, copy_project
 from valr_ops import orchestration, runner, workspace
 from valr_ops.recipe import recipes
@@ -197,21 +195,9 @@ def test_each_cell_is_a_run_of_its_own() -> None:
 
 
 def test_a_run_says_what_its_cell_costs_and_all_that_were_chosen_with_it() -> None:
-    instance, key = dg.DagsterInstance.ephemeral(), dg.AssetKey("stage2_ablation")
+    instance = dg.DagsterInstance.ephemeral()
     graph = dg.Definitions(assets=[ablation], resources={"stages": Recording()}).resolve_asset_graph()
-    chosen = PartitionBackfill.from_asset_partitions(
-        backfill_id="two",
-        asset_graph=graph,
-        partition_names=list(CELLS),
-        asset_selection=[key],
-        backfill_timestamp=0.0,
-        tags={},
-        dynamic_partitions_store=instance,
-        all_partitions=False,
-        title=None,
-        description=None,
-        run_config=None,
-    )
+    chosen = backfill_of("two", graph, CELLS, instance)
     instance.add_backfill(chosen)
     said = {}
     for tags in ({}, {"dagster/backfill": "two"}):

@@ -19,7 +19,7 @@ import dagster as dg
 import pytest
 
 # What the daemon is made of; Dagster's own way to set the clock is not exported either.
-from dagster._core.execution.backfill import BulkActionStatus, PartitionBackfill
+from dagster._core.execution.backfill import BulkActionStatus
 from dagster._core.test_utils import freeze_time
 from dagster._core.workspace.context import WorkspaceProcessContext
 from dagster._daemon.sensor import execute_sensor_iteration
@@ -27,7 +27,7 @@ from dagster._scheduler.scheduler import launch_scheduled_runs
 from PIL import Image
 
 from pipelines.schedules import WHY
-from tests.pipelines.servers import INSTANCES, LOCATION, Servers, ask, ended, serving, until
+from tests.pipelines.servers import INSTANCES, LOCATION, Servers, ask, backfill_of, ended, serving, until
 from tests.pipelines.test_notifying import Hook, Mailbox, self_signed, served
 from tests.project import MICRO, copy_project, environment, valr
 from valr_ops.stages import ABLATION
@@ -193,19 +193,7 @@ def test_a_backfill_makes_each_of_its_cells_in_a_run(
     servers: Servers, instance: dg.DagsterInstance, process: WorkspaceProcessContext
 ) -> None:
     key = dg.AssetKey(ABLATION)
-    both = PartitionBackfill.from_asset_partitions(
-        backfill_id="both",
-        asset_graph=process.create_request_context().asset_graph,
-        partition_names=CELLS,
-        asset_selection=[key],
-        backfill_timestamp=datetime.now(UTC).timestamp(),
-        tags={},
-        dynamic_partitions_store=instance,
-        all_partitions=False,
-        title=None,
-        description=None,
-        run_config=None,
-    )
+    both = backfill_of("both", process.create_request_context().asset_graph, CELLS, instance)
     instance.add_backfill(both)
 
     def over() -> bool:

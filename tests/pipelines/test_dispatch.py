@@ -99,14 +99,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def server(request: pytest.FixtureRequest) -> weed.Weed:
-    return weed.shared(request.config)
-
-
-@pytest.fixture
-def project(prepared: Path, server: weed.Weed, monkeypatch: pytest.MonkeyPatch) -> Path:
+def project(prepared: Path, s3_store: weed.Weed, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The project, in which no GPU stage was made yet, with an empty store."""
-    for name, value in {**environment(prepared), **weed.environment(server)}.items():
+    for name, value in environment(prepared).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("VALR_SET", json.dumps({"cluster.bucket": f"{STORE}/{uuid.uuid4().hex}"}))
     lock = yaml.safe_load((prepared / "dvc.lock").read_text())
@@ -157,7 +152,7 @@ def test_a_cancelled_run_stops_its_job_and_records_nothing(project: Path, cluste
 def test_the_job_of_a_killed_run_is_joined_by_the_next_and_a_bucket_that_is_away_is_waited_for(
     project: Path,
     cluster: StubCluster,
-    server: weed.Weed,
+    s3_store: weed.Weed,
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -173,7 +168,7 @@ def test_the_job_of_a_killed_run_is_joined_by_the_next_and_a_bucket_that_is_away
 
     def bucket_goes_away() -> None:
         until(lambda: cluster.followed, 300)
-        with server.away():
+        with s3_store.away():
             time.sleep(seconds)
         go.touch()
 

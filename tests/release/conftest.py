@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
+from multiprocessing import util
 from pathlib import Path
 
 import pytest
 
-from tests.store.weed import Weed, shared
-from tests.store.weed import environment as keys
-
-
-@pytest.fixture(scope="session")
-def server(request: pytest.FixtureRequest) -> Weed:
-    return shared(request.config)
+from tests.store.weed import Weed
 
 
 @pytest.fixture
-def store(server: Weed, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+def store(s3_store: Weed, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
     """An empty store; and this process as a pod of its own."""
-    for name, value in keys(server).items():
-        monkeypatch.setenv(name, value)
     # Measurements then wait for the orchestrator, and nothing waits for them.
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    # Pods are forked through sockets in the folder of the first look; below a node their paths would be too long.
+    util.get_temp_dir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "node"))
     (tmp_path / "node").mkdir()
     return f"s3://test/{tmp_path.name}"

@@ -297,15 +297,15 @@ def test_what_dagster_is_told_arrives_in_order_and_results_once(store: str, tmp_
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("seconds", [3, pytest.param(60, marks=pytest.mark.slow)])
 def test_a_store_that_goes_away_in_the_middle_of_an_upload_costs_a_pod_time_only(
-    server: Weed, store: str, undisturbed: dict[str, Any], tmp_path: Path, seconds: int
+    s3_store: Weed, store: str, undisturbed: dict[str, Any], tmp_path: Path, seconds: int
 ) -> None:
     expected = made_undisturbed(store, undisturbed, tmp_path / "first")
     url = pod.submit(request_for(store=f"{store}/away"))
     went: list[float] = []
-    with between(server.endpoint) as proxy:
+    with between(s3_store.endpoint) as proxy:
 
         def go_away() -> None:
-            server.kill()
+            s3_store.kill()
             went.append(time.monotonic())
 
         proxy.after_bytes = (expected["size"] // 2, go_away)
@@ -315,7 +315,7 @@ def test_a_store_that_goes_away_in_the_middle_of_an_upload_costs_a_pod_time_only
             time.sleep(seconds)
             assert working.runs()
         finally:
-            server.start()
+            s3_store.start()
         back = time.monotonic()
         assert working.ended()["digest"] == expected["digest"]
     assert seconds < 10 or "the store is asked again for some minutes: s3://test/" in working.errors()

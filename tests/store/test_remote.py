@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.store.proxy import Proxy, between
-from tests.store.weed import Weed, environment, shared
+from tests.store.weed import Weed, environment
 from valr_ops.store import objects
 from valr_ops.store.artifacts import directory_digest
 from valr_ops.store.objects import (
@@ -30,20 +30,9 @@ from valr_ops.store.objects import (
 )
 from valr_ops.store.remote import Remote
 
-pytestmark = pytest.mark.services
+pytestmark = [pytest.mark.services, pytest.mark.usefixtures("s3_store")]
 
 MIB = 1 << 20
-
-
-@pytest.fixture
-def server(request: pytest.FixtureRequest) -> Weed:
-    return shared(request.config)
-
-
-@pytest.fixture(autouse=True)
-def _environment(server: Weed, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in environment(server).items():
-        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture
@@ -52,9 +41,9 @@ def location(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def network(server: Weed, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+def network(s3_store: Weed, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     """What the environment names instead of the server itself."""
-    with between(server.endpoint) as proxy:
+    with between(s3_store.endpoint) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
         yield proxy
 
@@ -98,7 +87,7 @@ def test_an_artifact_comes_back_as_it_went(location: str, tmp_path: Path) -> Non
 
 
 def test_dvc_pulls_what_was_pushed_here_and_the_other_way_round(
-    server: Weed, location: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    s3_store: Weed, location: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from dvc.repo import Repo
 
@@ -108,7 +97,7 @@ def test_dvc_pulls_what_was_pushed_here_and_the_other_way_round(
     repo = Repo.init(no_scm=True)
     with repo.config.edit("repo") as config:
         config["core"] |= {"analytics": False, "remote": "store"}
-        config["remote"]["store"] = {"url": location, "endpointurl": server.endpoint}
+        config["remote"]["store"] = {"url": location, "endpointurl": s3_store.endpoint}
     repo = Repo()
     made = artifact(project / "made")
     before = contents(made)
@@ -150,21 +139,21 @@ def test_of_two_writers_of_one_name_the_second_is_told(location: str) -> None:
     assert files.size("result.json") is None
 
 
-def test_a_large_file_travels_in_parts(server: Weed, location: str, tmp_path: Path, monkeypatch) -> None:
+def test_a_large_file_travels_in_parts(s3_store: Weed, location: str, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(objects, "_PART_BYTES", 5 * MIB)
     made = artifact(tmp_path / "made", files=1, size=12 * MIB)
     stored = Remote(location).push(made)
-    tag = server.client().head_object(Bucket="test", Key=key(location, md5(made / "shard-0.bin")))["ETag"]
+    tag = s3_store.client().head_object(Bucket="test", Key=key(location, md5(made / "shard-0.bin")))["ETag"]
     assert tag.strip('"').endswith("-3")
     Remote(location).fetch(stored.digest, tmp_path / "back")
     assert contents(tmp_path / "back") == contents(made)
 
 
 @pytest.mark.parametrize("how", ["bytes", "length", "gone"])
-def test_an_object_altered_behind_our_back_is_found(server: Weed, location: str, tmp_path: Path, how: str) -> None:
+def test_an_object_altered_behind_our_back_is_found(s3_store: Weed, location: str, tmp_path: Path, how: str) -> None:
     made, remote = artifact(tmp_path / "made"), Remote(location)
     stored = remote.push(made)
-    victim, client = key(location, md5(made / "deep" / "shard-1.bin")), server.client()
+    victim, client = key(location, md5(made / "deep" / "shard-1.bin")), s3_store.client()
     data = client.get_object(Bucket="test", Key=victim)["Body"].read()
     if how == "gone":
         client.delete_object(Bucket="test", Key=victim)
@@ -198,32 +187,34 @@ def test_a_file_that_is_written_to_while_it_is_pushed_is_not_left_under_a_wrong_
     assert [name for name in S3Files(location).names() if name.endswith(".dir")] == []
 
 
-def test_an_altered_list_of_files_is_found_by_readers_and_writers(server: Weed, location: str, tmp_path: Path) -> None:
+def test_an_altered_list_of_files_is_found_by_readers_and_writers(
+    s3_store: Weed, location: str, tmp_path: Path
+) -> None:
     made, remote = artifact(tmp_path / "made"), Remote(location)
     stored = remote.push(made)
     evil = [{"md5": md5(made / "same.bin"), "relpath": "../../outside"}]
-    server.client().put_object(Bucket="test", Key=key(location, stored.digest), Body=json.dumps(evil).encode())
+    s3_store.client().put_object(Bucket="test", Key=key(location, stored.digest), Body=json.dumps(evil).encode())
     for call in (lambda: remote.fetch(stored.digest, tmp_path / "back"), lambda: remote.push(made)):
         with pytest.raises(ChangedError, match="not what its name says"):
             call()
 
 
-def test_a_list_that_leads_out_of_its_folder_is_refused(server: Weed, location: str, tmp_path: Path) -> None:
+def test_a_list_that_leads_out_of_its_folder_is_refused(s3_store: Weed, location: str, tmp_path: Path) -> None:
     evil = json.dumps([{"md5": hashlib.md5(b"").hexdigest(), "relpath": "../outside"}]).encode()
     digest = f"{hashlib.md5(evil).hexdigest()}.dir"
     for name, body in ((digest, evil), (hashlib.md5(b"").hexdigest(), b"")):
-        server.client().put_object(Bucket="test", Key=key(location, name), Body=body)
+        s3_store.client().put_object(Bucket="test", Key=key(location, name), Body=body)
     with pytest.raises(objects.EscapeError):
         Remote(location).fetch(digest, tmp_path / "back")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_wrong_credentials_are_said_at_once(
-    server: Weed, location: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    s3_store: Weed, location: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = artifact(tmp_path / "made")
     stored = Remote(location).push(made)
-    for name, value in environment(server, secret="wrong").items():
+    for name, value in environment(s3_store, secret="wrong").items():
         monkeypatch.setenv(name, value)
     remote = Remote(location)
     monkeypatch.setattr("tenacity.nap.time.sleep", pytest.fail)
@@ -238,15 +229,15 @@ def test_wrong_credentials_are_said_at_once(
         assert not isinstance(error.value, UnreachableError) and "wrong" not in str(error.value)
 
 
-def test_inputs_come_through_a_bounded_cache(server: Weed, location: str, tmp_path: Path) -> None:
+def test_inputs_come_through_a_bounded_cache(s3_store: Weed, location: str, tmp_path: Path) -> None:
     cache = Cache(tmp_path / "cache", max_bytes=350_000)
     remote = Remote(location, cache)
     made = [artifact(tmp_path / name) for name in ("one", "two")]
     digests = [remote.push(folder).digest for folder in made]
     remote.fetch(digests[0], tmp_path / "first")
     for digest in {md5(path) for path in made[0].rglob("*.bin")}:
-        server.client().delete_object(Bucket="test", Key=key(location, digest))
-        server.client().put_object(Bucket="test", Key=key(location, digest), Body=b"x" * 100_000)
+        s3_store.client().delete_object(Bucket="test", Key=key(location, digest))
+        s3_store.client().put_object(Bucket="test", Key=key(location, digest), Body=b"x" * 100_000)
     remote.fetch(digests[0], tmp_path / "second")
     assert contents(tmp_path / "second") == contents(made[0]), "taken from the cache, not from the store"
     remote.fetch(digests[1], tmp_path / "third")
@@ -255,7 +246,7 @@ def test_inputs_come_through_a_bounded_cache(server: Weed, location: str, tmp_pa
     assert contents(tmp_path / "third") == contents(made[1])
 
 
-def test_what_is_forgotten_leaves_the_files_that_others_have(server: Weed, location: str, tmp_path: Path) -> None:
+def test_what_is_forgotten_leaves_the_files_that_others_have(s3_store: Weed, location: str, tmp_path: Path) -> None:
     remote, one, two = Remote(location), artifact(tmp_path / "one"), artifact(tmp_path / "two")
     (two / "shared").write_bytes((one / "shard-0.bin").read_bytes())
     first, second = remote.push(one).digest, remote.push(two).digest
@@ -302,17 +293,17 @@ def test_a_lying_network_is_found_out(network: Proxy, location: str, tmp_path: P
 
 @pytest.mark.parametrize(("direction", "after"), [("upload", 0.1), ("upload", 0.8), ("download", 0.5)])
 def test_the_server_is_killed_in_the_middle(
-    server: Weed, network: Proxy, location: str, tmp_path: Path, direction: str, after: float
+    s3_store: Weed, network: Proxy, location: str, tmp_path: Path, direction: str, after: float
 ) -> None:
     made, remote = artifact(tmp_path / "made", files=4, size=3 * MIB), Remote(location)
     digest, total = directory_digest(made), sum(path.stat().st_size for path in made.rglob("shard-*"))
     if direction == "download":
         remote.push(made)
     # It takes seconds to be there again.
-    back_again = threading.Thread(target=server.start)
+    back_again = threading.Thread(target=s3_store.start)
 
     def kill() -> None:
-        server.kill()
+        s3_store.kill()
         back_again.start()
 
     network.seconds_a_block = 0.0002
@@ -330,13 +321,13 @@ def test_the_server_is_killed_in_the_middle(
 
 
 def test_a_server_that_stays_away_is_one_sentence_and_leaves_nothing(
-    server: Weed, location: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    s3_store: Weed, location: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(objects, "_PATIENT_ATTEMPTS", 2)
     monkeypatch.setattr(objects, "_ATTEMPTS", 2)
     made, remote = artifact(tmp_path / "made"), Remote(location)
     stored = remote.push(made)
-    with server.away():
+    with s3_store.away():
         for call in (lambda: remote.push(made), lambda: remote.fetch(stored.digest, tmp_path / "back")):
             with pytest.raises(UnreachableError, match=r"can't be reached.*check AWS_ENDPOINT_URL") as error:
                 call()
