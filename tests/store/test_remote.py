@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -217,7 +218,7 @@ def test_wrong_credentials_are_said_at_once(
     for name, value in environment(s3_store, secret="wrong").items():
         monkeypatch.setenv(name, value)
     remote = Remote(location)
-    monkeypatch.setattr("tenacity.nap.time.sleep", pytest.fail)
+    monkeypatch.setattr("tenacity.nap.time", SimpleNamespace(sleep=pytest.fail))
     for call in (
         lambda: remote.push(made),
         lambda: remote.fetch(stored.digest, tmp_path / "back"),
@@ -338,6 +339,7 @@ def test_a_server_that_stays_away_is_one_sentence_and_leaves_nothing(
 FETCH_ON_A_SMALL_DISK = """
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from valr_ops.store import remote
 from valr_ops.store.objects import Cache, DiskFullError
 small, location, digest, blind, cached = Path(sys.argv[1]), *sys.argv[2:6]
