@@ -65,36 +65,50 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(verb=function, in_project=in_project)
         return added
 
-    def with_set(added: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        added.add_argument(
-            "--set", action="append", default=[], metavar="FIELD=VALUE", help="override a recipe field, e.g. seed=1"
-        )
-        return added
+    _add_pipeline(verb)
+    _add_models(verb)
+    _add_scoring(verb)
+    _add_release(verb)
+    verb("doctor", _doctor, "check this machine and say how to mend what is wrong")
+    verb("env", _env, 'print the environment for other shells: eval "$(valr env)"')
+    return parser
 
-    def with_judge(added: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        added.add_argument(
-            "--judge", metavar="MODEL", help="settles what the profile would ask a model, by its full name"
-        )
-        added.add_argument("--judge-url", metavar="URL", help="its endpoint, such as https://api.openai.com/v1")
-        added.add_argument(
-            "--judge-max-dollars", type=float, default=10.0, metavar="X", help="asks nothing that costs more"
-        )
-        added.add_argument(
-            "--judge-price",
-            type=float,
-            nargs=2,
-            metavar=("IN", "OUT"),
-            help="dollars for a million tokens, if not known",
-        )
-        return added
 
-    demo = with_set(verb("demo", _demo, "run the main job, show the table and what to type next", in_project=False))
+_Add = Callable[..., argparse.ArgumentParser]
+"""Adds a verb, by its name, function and summary, and whether it works from the project's folder."""
+
+
+def _with_set(added: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    added.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="override a recipe field, e.g. seed=1"
+    )
+    return added
+
+
+def _with_judge(added: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    added.add_argument("--judge", metavar="MODEL", help="settles what the profile would ask a model, by its full name")
+    added.add_argument("--judge-url", metavar="URL", help="its endpoint, such as https://api.openai.com/v1")
+    added.add_argument(
+        "--judge-max-dollars", type=float, default=10.0, metavar="X", help="asks nothing that costs more"
+    )
+    added.add_argument(
+        "--judge-price",
+        type=float,
+        nargs=2,
+        metavar=("IN", "OUT"),
+        help="dollars for a million tokens, if not known",
+    )
+    return added
+
+
+def _add_pipeline(verb: _Add) -> None:
+    demo = _with_set(verb("demo", _demo, "run the main job, show the table and what to type next", in_project=False))
     demo.add_argument("--data", metavar="FOLDER", help="your own records: a folder with train.jsonl and test.jsonl")
 
-    materialize = with_set(verb("materialize", _materialize, "make artifacts through Dagster, with one bar a stage"))
+    materialize = _with_set(verb("materialize", _materialize, "make artifacts through Dagster, with one bar a stage"))
     materialize.add_argument("selection", nargs="+", metavar="STAGE", help="a stage; +STAGE also makes what it needs")
 
-    run = with_set(verb("run", _run, "make one artifact in this process, unless it is up to date"))
+    run = _with_set(verb("run", _run, "make one artifact in this process, unless it is up to date"))
     run.add_argument("stage")
     run.add_argument("--force", action="store_true", help="make it even if it is up to date")
     run.add_argument(
@@ -111,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     stages = verb("stages", _stages, "list the stages and what is out of date")
     stages.add_argument("--write", action="store_true", help="write dvc.yaml from the table of stages")
 
-    plan = with_set(verb("plan", _plan, "show the recipe: every field, its value and where it comes from"))
+    plan = _with_set(verb("plan", _plan, "show the recipe: every field, its value and where it comes from"))
     plan.add_argument("--scale", choices=["tiny", "small", "paper"], help="another scale than the one in params.yaml")
     plan.add_argument("--assumptions", action="store_true", help="only the choices on which the paper is silent")
     plan.add_argument(
@@ -125,7 +139,9 @@ def _parser() -> argparse.ArgumentParser:
         help="instead: the Kubernetes Job of a stage, as YAML; needs no cluster",
     )
 
-    check = with_set(verb("check-data", _check_data, "validate your records and show the first ones", in_project=False))
+    check = _with_set(
+        verb("check-data", _check_data, "validate your records and show the first ones", in_project=False)
+    )
     check.add_argument("path", metavar="FOLDER_OR_JSONL", help="a local folder or file, or an s3://bucket/prefix")
     check.add_argument(
         "--format",
@@ -142,6 +158,8 @@ def _parser() -> argparse.ArgumentParser:
     ui.add_argument("--dagster-port", type=int, default=3000)
     ui.add_argument("--mlflow-port", type=int, default=5000)
 
+
+def _add_models(verb: _Add) -> None:
     generate = verb("generate", _generate, "ask a model one question about images", in_project=False)
     generate.add_argument("--model", required=True, metavar="PATH_OR_STAGE", help="a model folder, or the stage of one")
     generate.add_argument("--image", action="append", default=[], type=Path, metavar="FILE", help="may be given again")
@@ -171,15 +189,17 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--no-latents", action="store_true", help="decode as the model without latent segments")
     serve.add_argument("--settle", type=float, metavar="COSINE", help="end a segment early at states this alike")
 
+
+def _add_scoring(verb: _Add) -> None:
     score = verb("score", _score, "score answers by a benchmark's published rules; needs no model", in_project=False)
     score.add_argument("--benchmark", required=True, metavar="NAME", help="such as vsi_bench, blink, mmvp or jsonl")
     score.add_argument("--profile", metavar="NAME", help="whose rules: official, lmms-eval@0.7.3, vlmevalkit@e8e78f0")
     score.add_argument("--in", dest="source", required=True, type=Path, metavar="JSONL", help="id, gold, output a line")
     score.add_argument("--out", required=True, type=Path, metavar="JSONL", help="id, score, extracted a line")
     score.add_argument("--aggregate", action="store_true", help="also the benchmark's totals")
-    with_judge(score)
+    _with_judge(score)
 
-    ask = with_set(
+    ask = _with_set(
         verb("ask", _ask, "ask a model the questions of benchmarks, into a run folder that can go on", False)
     )
     ask.add_argument(
@@ -199,8 +219,8 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("--partial", action="store_true", help="take a data set that has not all of its rows")
     ask.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="the run; the same command goes on")
 
-    evaluate = with_judge(
-        with_set(verb("evaluate", _evaluate, "score the answers of a run folder; needs no model", False))
+    evaluate = _with_judge(
+        _with_set(verb("evaluate", _evaluate, "score the answers of a run folder; needs no model", False))
     )
     evaluate.add_argument("run", type=Path, metavar="FOLDER", help="what `valr ask` wrote")
     evaluate.add_argument("--profile", metavar="NAME", help="whose rules; each benchmark's default without it")
@@ -221,9 +241,11 @@ def _parser() -> argparse.ArgumentParser:
         help="compare though this differs; the page says so",
     )
 
+
+def _add_release(verb: _Add) -> None:
     release = verb("release", _release, "which model is champion: promote one through the gate, roll back, or show")
     steps = release.add_subparsers(dest="step", metavar="STEP", required=True)
-    promote = with_set(steps.add_parser("promote", help="let the gate decide whether a scored model becomes champion"))
+    promote = _with_set(steps.add_parser("promote", help="let the gate decide whether a scored model becomes champion"))
     promote.add_argument(
         "challenger", nargs="?", metavar="SCORES", help="of the new model: a stage or a folder; the recipe's without it"
     )
@@ -247,10 +269,6 @@ def _parser() -> argparse.ArgumentParser:
     verifying = steps.add_parser("verify", help="check a bundle's files and ask its questions again; needs no project")
     verifying.add_argument("bundle", type=Path, metavar="BUNDLE", help="the folder")
     verifying.set_defaults(verb=_verify_release, in_project=False)
-
-    verb("doctor", _doctor, "check this machine and say how to mend what is wrong")
-    verb("env", _env, 'print the environment for other shells: eval "$(valr env)"')
-    return parser
 
 
 def _enter_project() -> None:
