@@ -94,12 +94,19 @@ def test_a_materialization_carries_version_counts_plots_and_checks(by_dagster: P
 
 def test_a_miss_says_what_changed_and_a_reverted_value_is_brought_back(by_verb: Path):
     before = digests(by_verb)["teacher_features_pi3"]
+    manifest = (by_verb / "artifacts" / "teacher_features_pi3" / "manifest.json").read_bytes()
     changed = ["run", "teacher_features_pi3", "--set", "teachers.pi3.pretraining_steps=3"]
     made = last_line(valr_here(by_verb, *changed))
     assert made["how"] == "made" and made["digest"] != before
     assert made["reasons"] == ["recipe field teachers.pi3.pretraining_steps: 2 -> 3"]
+    # As a kill leaves it that comes when DVC remembers the run, and has not recorded it.
+    left = [by_verb / ".valr" / state / "teacher_features_pi3" for state in ("work", "trash")]
+    for folder in left:
+        folder.mkdir(parents=True, exist_ok=True)
+    (by_verb / ".valr" / "work" / "teacher_features_pi3.made").write_bytes(manifest)
     reverted = last_line(valr_here(by_verb, "run", "teacher_features_pi3"))
     assert (reverted["how"], reverted["digest"]) == ("restored", before)
+    assert not any(folder.exists() for folder in left)
 
 
 def test_an_input_that_is_out_of_date_is_refused(by_verb: Path):

@@ -137,9 +137,8 @@ def _run(
         refresh_recipe(root, overrides)
     ledger = Ledger(root)
     states = ledger.states([*row.inputs, row.name])
-    if ledger.digest(row.name) and not states[row.name].edited and _is_whole(root, row.name):
-        # The run that made it was killed before it removed what it had needed; what a later one needs stays.
-        _tidy(root, row.name)
+    if ledger.digest(row.name) and not states[row.name].edited:
+        _tidy_after_a_kill(root, row.name)
     recipe = recipes.load(root, overrides) if row.name == "recipe" else _recipe_of_artifact(root, row)
     # Before its inputs are asked for: a model that the recipe does not have will not come of making them.
     _of_variant(recipe, row)
@@ -149,6 +148,7 @@ def _run(
     if not reasons:
         return _found(root, row, ledger, "hit", (), progress, started)
     if not force and row.name != "recipe" and ledger.restore(row.name) and not _changed_outside(root, row, recipe):
+        _tidy_after_a_kill(root, row.name)
         return _found(root, row, ledger, "restored", reasons, progress, started)
     return _make(root, row, recipe, ledger, reasons, progress, started)
 
@@ -412,10 +412,11 @@ def _state(root: Path, name: str) -> Path:
     return path
 
 
-def _is_whole(root: Path, name: str) -> bool:
-    """Whether the artifact is the version that its last run was about to record."""
+def _tidy_after_a_kill(root: Path, name: str) -> None:
+    """`_tidy` if the recorded artifact's own run was killed before it could; what a later run needs stays."""
     made, manifest = _made(root, name), folder(root, name) / "manifest.json"
-    return made.is_file() and manifest.is_file() and made.read_bytes() == manifest.read_bytes()
+    if made.is_file() and manifest.is_file() and made.read_bytes() == manifest.read_bytes():
+        _tidy(root, name)
 
 
 def _made(root: Path, name: str) -> Path:
