@@ -662,6 +662,55 @@ class ReleaseRecipe(_Values):
         return self
 
 
+class StudyRecipe(_Values):
+    """The studies of the method on drawn tiles. No model that is released depends on this section."""
+
+    model: TinyModelRecipe = TinyModelRecipe(vocabulary_size=320, rope_theta=10.0)
+    """Paper silent; a base of 10 leaves no slow frequency, so that content far away is hard to look up: the miniature
+    of what the paper calls visual decay. With 1000 fine-tuning solves the task without latents, within 600 updates."""
+    side: int = Field(default=2, ge=2, le=4)
+    """Paper silent; tiles on each side of a picture; a chain has as many steps as there are tiles."""
+    block: int = Field(default=2, ge=0)
+    """Paper: table 6, the middle; the block whose states are aligned."""
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
+    """Paper silent; of the weights and the pictures of training; all of them are reported."""
+    search_seed: int = 0
+    """Paper silent; the seed with which each arm's learning rate is chosen, of the towers and of held-out pictures."""
+    learning_rates: tuple[PositiveFloat, ...] = (1e-3, 3e-3)
+    """Paper silent; every arm is tried at each of them, and keeps the one at which most steps are right."""
+    stage1_learning_rate: PositiveFloat = 3e-3
+    """Paper silent; stage 1 is shared by all arms of a seed."""
+    projector_learning_rate: PositiveFloat = 1e-3
+    """Paper silent; the same in every arm."""
+    stage1_updates: PositiveInt = 400
+    """Paper silent; fine-tuning before the arms begin, twice as many as it takes to reach its plateau."""
+    updates: PositiveInt = 400
+    """Paper silent; of each arm."""
+    warmup_updates: PositiveInt = 20
+    """Paper silent; then the rate stays, so that a curve shows what stopping earlier would have given."""
+    batch: PositiveInt = 32
+    """Paper silent; pictures in an update."""
+    score_every: PositiveInt = 50
+    """Paper silent; updates between two points of a learning curve."""
+    pictures: PositiveInt = 512
+    """Paper silent; held-out pictures that each point is scored on."""
+    quick: bool = False
+    """Paper silent; the first two seeds, one learning rate and the three main arms: minutes instead of an hour."""
+
+    @model_validator(mode="after")
+    def _seeds_make_sense(self) -> StudyRecipe:
+        if len(set(self.seeds)) != len(self.seeds) or len(self.seeds) < 2:
+            raise ValueError(f"seeds={list(self.seeds)}: an interval needs at least two, each named once")
+        if self.search_seed in self.seeds:
+            raise ValueError(
+                f"search_seed={self.search_seed} is among seeds, which would be scored by what they were chosen for; "
+                "take another number"
+            )
+        if self.block >= self.model.layers:
+            raise ValueError(f"block={self.block} but study.model has blocks 0..{self.model.layers - 1}")
+        return self
+
+
 class Variant(_Values):
     """What one model of the paper's tables changes; empty fields keep the recipe's value."""
 
@@ -710,6 +759,8 @@ class Recipe(_Values):
     """Paper silent; what a stage may cost, and what is assumed to say so before it runs."""
     release: ReleaseRecipe = ReleaseRecipe()
     """Paper silent; who may become champion, which no result depends on."""
+    study: StudyRecipe = StudyRecipe()
+    """Paper silent; what its claims are tried on in miniature."""
     variants: Table[Variant] = {}
     """Paper: tables 3 to 6, 9, 11, 12 and figure 3, one entry a trained model."""
 
