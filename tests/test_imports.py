@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 CHECKOUT = Path(__file__).resolve().parents[1]
-ORDER = ("recipe", "store", "data", "teachers", "model", "training", "evaluation", "serving", "release")
+ORDER = ("recipe", "store", "data", "teachers", "model", "training", "evaluation", "studies", "serving", "release")
 """Folders of valr_ops in the order in which a record travels."""
 OWNERS = {
     "mlflow": ("valr_ops/store/lineage.py",),

@@ -133,6 +133,21 @@ def score_interval(
     return Interval(mean, low, high, confidence, f"Wilson interval of {sample.units()}")
 
 
+def t_interval(values: Scores, confidence: float = 0.95) -> Interval:
+    """Student's interval of the mean of `values`, a few independent runs, or differences of pairs of them.
+
+    Raises:
+        StatisticsError: fewer than two values, or one that is not finite.
+    """
+    runs = np.asarray(values, dtype=float)
+    if runs.ndim != 1 or runs.size < 2 or not np.isfinite(runs).all():
+        raise StatisticsError(f"an interval needs two finite values or more; given {runs.tolist()}")
+    _two_sided_quantile(confidence)
+    reach = special.stdtrit(runs.size - 1, 0.5 + confidence / 2) * runs.std(ddof=1) / math.sqrt(runs.size)
+    mean = float(runs.mean())
+    return Interval(mean, mean - float(reach), mean + float(reach), confidence, f"Student's t of {runs.size} runs")
+
+
 def clustered_standard_error(
     values: Scores,
     clusters: Sequence[str] | None = None,

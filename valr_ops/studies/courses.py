@@ -13,6 +13,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -84,13 +85,10 @@ class Taken:
         return next(row["accuracy"] for row in self.curve if row["update"] >= update)
 
 
-def settle(recipe: Recipe) -> Recipe:
-    """`recipe` as a study uses it: its block, and the model of the `study` section."""
-    return override(recipe, {"alignment.block": recipe.study.block})
-
-
 def take(recipe: Recipe, courses: Sequence[Course], work: Path, progress: Progress, label: str) -> dict[Course, Taken]:
-    """All `courses`, those of an earlier run among them read from `work`."""
+    """All `courses`, those of an earlier run of the same recipe among them read from `work`."""
+    recipe, work = override(recipe, {"alignment.block": recipe.study.block}), work / _digest(recipe)
+    work.mkdir(parents=True, exist_ok=True)
     seeds = sorted({course.seed for course in courses})
     ahead = [Course(STAGE_1, seed, recipe.study.stage1_learning_rate) for seed in seeds]
     _in_turn(recipe, [Course(_PRETRAINED, 0, 0.0)], work, progress, "pretraining")
@@ -115,7 +113,9 @@ def _in_turn(recipe: Recipe, courses: Iterable[Course], work: Path, progress: Pr
         return
     # A GPU is shared by nobody; a core takes one course.
     workers = 1 if recipe.runtime.device == "cuda" else max(1, len(os.sched_getaffinity(0)) // recipe.runtime.threads)
-    pool = ProcessPoolExecutor(min(workers, len(waiting)), multiprocessing.get_context("spawn"))
+    pool = ProcessPoolExecutor(
+        min(workers, len(waiting)), multiprocessing.get_context("spawn"), _end_with, (os.getpid(),)
+    )
     try:
         values = recipe.model_dump(mode="json")
         futures = [pool.submit(_take, values, asdict(course), str(work)) for course in waiting]
@@ -125,6 +125,17 @@ def _in_turn(recipe: Recipe, courses: Iterable[Course], work: Path, progress: Pr
             progress.say(future.result())
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _end_with(parent: int) -> None:
+    """A worker whose parent was killed would go on for minutes, and hold a core."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _take(values: dict[str, Any], fields: dict[str, Any], folder: str) -> str:

@@ -58,11 +58,14 @@ def train_teacher(knows: Sequence[str], side: int, seed: int) -> tuple[Encoder, 
         knows: keys of `QUESTIONS`; none leaves the encoder as it was drawn, with a share of 0.
         side: tiles on each side of the pictures.
     """
+    sizes = [QUESTIONS[name] for name in knows]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         encoder = Encoder()
+        if not sizes:
+            return encoder.eval().requires_grad_(False), 0.0
         # Features are compared by their direction, so what they tell must not hide in their length.
-        heads = nn.Sequential(nn.LayerNorm(encoder.dim), nn.Linear(encoder.dim, sum(QUESTIONS[name] for name in knows)))
+        heads = nn.Sequential(nn.LayerNorm(encoder.dim), nn.Linear(encoder.dim, sum(sizes)))
     patches = CELL_PIXELS // _PATCH_PIXELS
     places = [list(QUESTIONS).index(name) for name in knows]
 
@@ -71,13 +74,8 @@ def train_teacher(knows: Sequence[str], side: int, seed: int) -> tuple[Encoder, 
         known = known.repeat_interleave(patches, 1).repeat_interleave(patches, 2)
         return heads(encoder(pictures.pixels)).flatten(0, 2), known.flatten(0, 2)
 
-    parameters = [*encoder.parameters(), *heads.parameters()]
-    right = 0.0
-    if knows:
-        sizes = [QUESTIONS[name] for name in knows]
-        right = _train_densely(answers, sizes, parameters, side, TEACHER_UPDATES, seed)
-    encoder.eval().requires_grad_(False)
-    return encoder, right
+    right = _train_densely(answers, sizes, [*encoder.parameters(), *heads.parameters()], side, TEACHER_UPDATES, seed)
+    return encoder.eval().requires_grad_(False), right
 
 
 def train_tower(model: Qwen2_5_VLForConditionalGeneration, layout: Layout, side: int, updates: int, seed: int) -> float:
