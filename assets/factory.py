@@ -12,7 +12,7 @@ from assets.dispatch import StageRunner
 from assets.retrying import WAITS_SECONDS, raise_for
 from valr_ops.recipe import recipes
 from valr_ops.recipe.recipe import Recipe, RecipeError
-from valr_ops.stages import STAGES, Stage
+from valr_ops.stages import STAGES, Stage, dvc_target
 from valr_ops.store.artifacts import project_root
 
 OWNERS = {
@@ -21,6 +21,7 @@ OWNERS = {
     "teachers": "team:vision",
     "training": "team:training",
     "evaluation": "team:evaluation",
+    "studies": "team:research",
 }
 """Who is asked about an asset; one team a group."""
 
@@ -65,7 +66,7 @@ def stage_asset(
     """
     root = project_root()
     by_hand = f"{row.name}@CELL" if cells else row.name
-    with_dvc = f"ablation/dvc.yaml:{by_hand}" if cells else row.name
+    with_dvc = dvc_target(by_hand)
 
     @dg.asset(
         name=row.name,

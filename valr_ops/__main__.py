@@ -111,6 +111,7 @@ def _add_pipeline(verb: _Add) -> None:
     run = _with_set(verb("run", _run, "make one artifact in this process, unless it is up to date"))
     run.add_argument("stage")
     run.add_argument("--force", action="store_true", help="make it even if it is up to date")
+    run.add_argument("--quick", action="store_true", help="of a study the main contrast only: --set study.quick=true")
     run.add_argument(
         "--part",
         type=_part,
@@ -294,16 +295,21 @@ def _part(text: str) -> tuple[int, int]:
 
 def _run(options: argparse.Namespace) -> int:
     if options.job:
-        if options.set or options.force or options.part:
-            options.wrong_usage("--job takes everything from its request; leave out --set, --force and --part")
+        if options.set or options.force or options.part or options.quick:
+            options.wrong_usage("--job takes everything from its request; leave out --set, --force, --part and --quick")
         from valr_ops.release import pod
 
         ended = pod.run_job(options.job, options.stage)
         _last_line(stage=options.stage, job=options.job, digest=ended.digest, size=ended.size, files=ended.files)
         return 0
     from valr_ops import runner
+    from valr_ops.stages import stage
     from valr_ops.store.progress import reporting_to_dagster
 
+    if options.quick:
+        if stage(options.stage).group != "studies":
+            options.wrong_usage(f"{options.stage} has no quick form; leave out --quick, which is for studies")
+        options.set.append("study.quick=true")
     with reporting_to_dagster():
         if options.part is None:
             outcome = runner.run(options.stage, _overrides(options), force=options.force)
@@ -356,14 +362,16 @@ def _stages(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from valr_ops.stages import STAGES, ablation_cells, ablation_yaml, dvc_yaml
-    from valr_ops.store.artifacts import CELLS_PIPELINE, Ledger, project_root
+    from valr_ops.stages import REQUESTED_PIPELINE, STAGES, ablation_cells, dvc_yaml, requested_yaml
+    from valr_ops.store.artifacts import Ledger, project_root
 
     root = project_root()
     if options.write:
         (root / "dvc.yaml").write_text(dvc_yaml(), encoding="utf-8")
-        (root / CELLS_PIPELINE).write_text(ablation_yaml(), encoding="utf-8")
-        print(f"dvc.yaml: {len(STAGES)} stages written; {CELLS_PIPELINE}: {len(ablation_cells())} cells")
+        (root / REQUESTED_PIPELINE).write_text(requested_yaml(), encoding="utf-8")
+        asked = sum(row.on_request for row in STAGES)
+        written = f"dvc.yaml: {len(STAGES) - asked} stages written; {REQUESTED_PIPELINE}: {asked} studies"
+        print(f"{written} and {len(ablation_cells())} cells")
         _last_line(stages=len(STAGES))
         return 0
     states = Ledger(root).states(row.name for row in STAGES)

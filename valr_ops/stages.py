@@ -3,8 +3,8 @@
 A stage is a function from artifacts to one artifact. Its row says which artifacts it reads, which parts of the recipe
 it depends on, what it needs to run on, and where its function is. Importing this module imports nothing heavy; the
 function's module is imported only by the process that does the work.
-The other trained models of the paper's tables are one stage by cell, ``stage2_ablation@CELL``. They have a dvc.yaml of
-their own, so that ``dvc repro`` trains none of them unasked.
+The other trained models of the paper's tables are one stage by cell, ``stage2_ablation@CELL``. They and the studies
+have a dvc.yaml of their own, so that ``dvc repro`` trains none of them unasked.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ _PACKAGE = Path(__file__).resolve().parent
 
 RECIPE_FILE = "artifacts/recipe/recipe.yaml"
 """The resolved recipe, relative to the project root; DVC reads the parameters of every other stage from it."""
+REQUESTED_PIPELINE = "ablation/dvc.yaml"
+"""The DVC pipeline, relative to the project root, of stages that are made on request; dvc.yaml has all others."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Stage:
 
     name: str
     """Also the name of the DVC stage, of the Dagster asset and of the folder below ``artifacts/``."""
-    group: Literal["recipe", "preparation", "teachers", "training", "evaluation"]
+    group: Literal["recipe", "preparation", "teachers", "training", "evaluation", "studies"]
     """Arrows between groups go one way only, so that the folded graph reads from left to right."""
     summary: str
     """One sentence for people, shown in the graph."""
@@ -55,6 +57,8 @@ class Stage:
     """Whether several processes or machines can each do a part of it (``valr run STAGE --part I/N``)."""
     checks: tuple[str, ...] = ()
     """Names of the blocking expectations that run on the staged artifact before it is published."""
+    on_request: bool = False
+    """Whether only who asks for it by name gets it: `dvc repro` makes all that stands in dvc.yaml, this does not."""
 
     def load(self) -> Callable[..., Any]:
         """Import and return the function that does the work."""
@@ -170,6 +174,21 @@ def _stage2(variant: str, label: str, teachers: tuple[str, ...]) -> Stage:
 
 
 _SCORES = ("scores_base", "scores_sft", "scores_valr_s", "scores_valr_m")
+
+
+def _method_study(name: str, summary: str) -> Stage:
+    """A study of the method on drawn tiles, which needs nothing but the recipe."""
+    return Stage(
+        name=name,
+        group="studies",
+        summary=summary,
+        function=f"valr_ops.studies.method:build_{name}",
+        parameters=("study", "latents", "alignment", "runtime", "evaluation.confidence"),
+        kinds=("torch", "parquet", "matplotlib"),
+        resources="gpu",
+        on_request=True,
+    )
+
 
 _ASKING = (
     "seed",
@@ -354,6 +373,11 @@ STAGES: tuple[Stage, ...] = (
         inputs=("ablation_table", *_SCORES, "scaling_curve", "visual_decay", "alignment_maps", "latent_check"),
         kinds=("html",),
     ),
+    _method_study(
+        "method_check", "Whether aligned latents help, against everything that could explain it away, on drawn tiles."
+    ),
+    _method_study("gradient_check", "What the gradient through the fed-back states is worth, from none to all of it."),
+    _method_study("encoder_check", "Teachers of different knowledge, alone and together."),
 )
 
 _BY_NAME = {stage.name: stage for stage in STAGES}
@@ -380,7 +404,7 @@ def ablation_cells() -> Mapping[str, Stage]:
         if variant.stage1_records is not None:
             sft = _BY_NAME["stage1_sft"]
             row = replace(sft, summary=f"{cell}: {sft.summary}", parameters=(*sft.parameters, f"variants.{cell}"))
-        rows[cell] = replace(row, name=f"{ABLATION}@{cell}", variant=cell, cell=cell)
+        rows[cell] = replace(row, name=f"{ABLATION}@{cell}", variant=cell, cell=cell, on_request=True)
     return rows
 
 
@@ -409,6 +433,12 @@ def stage(name: str) -> Stage:
     return _BY_NAME[name]
 
 
+def dvc_target(name: str) -> str:
+    """How DVC addresses the stage called `name` from the project root."""
+    requested = "@" in name or (name in _BY_NAME and _BY_NAME[name].on_request)
+    return f"{REQUESTED_PIPELINE}:{name}" if requested else name
+
+
 def upstream(names: Iterable[str]) -> tuple[Stage, ...]:
     """The stages called `names` and everything they need, in an order in which they can be made."""
     wanted: set[str] = set()
@@ -433,24 +463,26 @@ def ordered(names: Iterable[str]) -> tuple[Stage, ...]:
 
 def dvc_yaml() -> str:
     """The text of dvc.yaml, generated from the table; ``valr stages --write`` writes it and a test compares them."""
-    rows: dict[str, dict[str, Any]] = {}
-    for row in STAGES:
-        inputs = [f"artifacts/{name}" for name in row.inputs] if row.name != "recipe" else ["params.yaml"]
-        rows[row.name] = {
-            "desc": row.summary,
-            "cmd": f"python -m valr_ops run {row.name}",
-            # The verb itself looks whether folders outside of the project changed. Not so for a stage with inputs: DVC
-            # deletes what it makes again, which would be terabytes; whoever reads them holds the weights against them.
-            **({"always_changed": True} if row.external_inputs and not row.inputs else {}),
-            "deps": [*inputs, *row.code],
-            **({"params": [{RECIPE_FILE: list(row.parameters)}]} if row.parameters else {}),
-            "outs": [f"artifacts/{row.name}"],
-        }
-    return _yaml_text(rows)
+    return _yaml_text({row.name: _dvc_stage(row) for row in STAGES if not row.on_request})
 
 
-def ablation_yaml() -> str:
-    """The text of ablation/dvc.yaml: one template for all cells, because DVC takes half a millisecond to read a line.
+def _dvc_stage(row: Stage) -> dict[str, Any]:
+    inputs = [f"artifacts/{name}" for name in row.inputs] if row.name != "recipe" else ["params.yaml"]
+    return {
+        "desc": row.summary,
+        "cmd": f"python -m valr_ops run {row.name}",
+        **({"wdir": ".."} if row.on_request else {}),
+        # The verb itself looks whether folders outside of the project changed. Not so for a stage with inputs: DVC
+        # deletes what it makes again, which would be terabytes; whoever reads them holds the weights against them.
+        **({"always_changed": True} if row.external_inputs and not row.inputs else {}),
+        "deps": [*inputs, *row.code],
+        **({"params": [{RECIPE_FILE: list(row.parameters)}]} if row.parameters else {}),
+        "outs": [f"artifacts/{row.name}"],
+    }
+
+
+def requested_yaml() -> str:
+    """The text of `REQUESTED_PIPELINE`: one template for all cells, because DVC needs half a millisecond for a line.
 
     DVC's templates have no lists of varying length. Where a cell has fewer inputs or fields than others, the free
     places name what is there already: the packages' own files, which are empty, and parts of the cell's variant.
@@ -480,7 +512,8 @@ def ablation_yaml() -> str:
         "params": [{RECIPE_FILE: [*fields, *(f"${{item.fields[{place}]}}" for place in range(most_fields))]}],
         "outs": [f"artifacts/{ABLATION}/${{key}}"],
     }
-    return _yaml_text({ABLATION: {"foreach": each, "do": template}})
+    studies = {row.name: _dvc_stage(row) for row in STAGES if row.on_request}
+    return _yaml_text({ABLATION: {"foreach": each, "do": template}, **studies})
 
 
 def _in_common(lists: Mapping[str, tuple[str, ...]]) -> tuple[list[str], dict[str, list[str]]]:

@@ -45,7 +45,7 @@ TRAINED = ("base_model", "stage1_sft", "stage2_valr_s", "stage2_valr_m", CELL)
 """Where a kill can cost most."""
 
 _FIRST = (*TRAINED, "cot_corpus", "latent_corpus", "teacher_features_dinov3", "scores_valr_m", "sources")
-ORDER = (*_FIRST, *(row.name for row in STAGES if row.name not in _FIRST))
+ORDER = (*_FIRST, *(row.name for row in STAGES if row.name not in _FIRST and not row.on_request))
 _STARTS_PER_KILL = 2
 
 

@@ -27,10 +27,10 @@ import yaml
 
 from tests.faults.starting import Started, Starter
 from tests.project import CHECKOUT, command, copy_project, valr
-from valr_ops.stages import upstream
-from valr_ops.store.artifacts import CELLS_PIPELINE, directory_digest, folder, read_manifest
+from valr_ops.stages import REQUESTED_PIPELINE, upstream
+from valr_ops.store.artifacts import directory_digest, folder, read_manifest
 
-_LOCKS = ("dvc.lock", str(Path(CELLS_PIPELINE).with_suffix(".lock")))
+_LOCKS = ("dvc.lock", str(Path(REQUESTED_PIPELINE).with_suffix(".lock")))
 _DELIVER = "from pathlib import Path; from valr_ops.store import lineage; lineage.deliver(Path.cwd())"
 _LEFT_BY_NONE = ("staging", "trash", "refused")
 """Folders below .valr in which a run that ended well leaves nothing."""

@@ -22,7 +22,7 @@ from tests.project import CHECKOUT, copy_project
 from valr_ops import orchestration, runner, workspace
 from valr_ops.recipe import recipes
 from valr_ops.recipe.recipe import RecipeError
-from valr_ops.stages import STAGES, UnknownStageError, ablation_cells, ablation_yaml, stage, upstream
+from valr_ops.stages import STAGES, UnknownStageError, ablation_cells, requested_yaml, stage, upstream
 from valr_ops.store.artifacts import Ledger, folder
 
 SFT_CELL = "figure3_vanilla_sft_10k"
@@ -46,7 +46,7 @@ def test_a_cell_reads_the_features_that_it_is_aligned_to_and_no_others() -> None
 
 def test_the_pipeline_of_the_cells_is_what_the_table_generates() -> None:
     written = CHECKOUT / "ablation" / "dvc.yaml"
-    assert written.read_text(encoding="utf-8") == ablation_yaml(), "run: valr stages --write"
+    assert written.read_text(encoding="utf-8") == requested_yaml(), "run: valr stages --write"
 
 
 @pytest.mark.parametrize(
@@ -123,14 +123,15 @@ def test_dvc_records_each_cell_and_says_why_one_is_out_of_date(project: Path, mo
 def test_all_cells_can_be_resolved_by_dvc(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(project)
     stages = Ledger(project).repo.stage.load_all("ablation/dvc.yaml")
-    assert {one.name for one in stages} == {row.name for row in ablation_cells().values()}
+    studies = [row for row in STAGES if row.on_request]
+    assert {one.name for one in stages} == {row.name for row in (*ablation_cells().values(), *studies)}
     for one in stages:
         row = stage(one.name)
         needed = {str(dep) for dep in one.deps if str(dep).startswith("artifacts/")} - {"artifacts/recipe/recipe.yaml"}
         assert needed == {f"artifacts/{name}" for name in row.inputs}, one.name
         assert {str(dep) for dep in one.deps} >= set(row.code)
         assert one.cmd == f"python -m valr_ops run {row.name}"
-        assert [str(out) for out in one.outs] == [f"artifacts/stage2_ablation/{row.cell}"]
+        assert [str(out) for out in one.outs] == ["artifacts/" + row.name.replace("@", "/")]
 
 
 def test_the_prices_of_the_chosen_cells_are_shown_with_their_sum(

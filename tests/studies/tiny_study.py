@@ -26,6 +26,7 @@ SMALL = {
     "study.model.intermediate_size": 48,
     "study.model.vision_hidden_size": 16,
     "study.model.tower_pretraining_steps": 20,
+    "study.teacher_updates": 20,
     "study.block": 1,
     "study.seeds": [1, 2],
     "study.stage1_updates": 3,
@@ -33,6 +34,7 @@ SMALL = {
     "study.score_every": 1,
     "study.batch": 4,
     "study.pictures": 8,
+    "alignment.projector_width": 16,
 }
 
 

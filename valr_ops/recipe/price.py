@@ -182,6 +182,8 @@ def _workload(recipe: Recipe, project: Path | None) -> tuple[Corpus, Shape]:
 
 def _priced(recipe: Recipe, name: str, corpus: Corpus, model: Shape) -> Price:
     row = stage(name)
+    if row.group == "studies":
+        raise PriceError(f"{name} trains many models of a million parameters, an hour or two of two CPU cores")
     if row.variant is not None:
         recipe = recipe.for_variant(row.variant)
     match row.function.rpartition(":")[2]:

@@ -678,6 +678,8 @@ class StudyRecipe(_Values):
     """Paper silent; the seed with which each arm's learning rate is chosen, of the towers and of held-out pictures."""
     learning_rates: tuple[PositiveFloat, ...] = (1e-3, 3e-3)
     """Paper silent; every arm is tried at each of them, and keeps the one at which most steps are right."""
+    teacher_updates: PositiveInt = 200
+    """Paper silent; of each teacher's own training, after which all it is asked about unseen cells is right."""
     stage1_learning_rate: PositiveFloat = 3e-3
     """Paper silent; stage 1 is shared by all arms of a seed."""
     projector_learning_rate: PositiveFloat = 1e-3

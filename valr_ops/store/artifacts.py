@@ -24,15 +24,13 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from valr_ops.recipe.recipe import Recipe
+from valr_ops.stages import REQUESTED_PIPELINE, dvc_target
 from valr_ops.store.progress import Progress
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
     from dvc.repo.stage import StageLoad
     from dvc.stage import Stage
-
-CELLS_PIPELINE = "ablation/dvc.yaml"
-"""The DVC pipeline, relative to the project root, of stages that are made by cell; dvc.yaml has all others."""
 
 _FLUSHING_THREADS = 8
 
@@ -244,9 +242,9 @@ class Ledger:
     def states(self, stages: Iterable[str]) -> dict[str, State]:
         """The state of each named stage, from DVC's own comparison of dvc.lock with the files."""
         names = list(stages)
-        status = self.repo.status(targets=[_target(name) for name in names])
+        status = self.repo.status(targets=[dvc_target(name) for name in names])
         recorded = self.recorded()
-        return {name: self._state(name, status.get(_target(name), []), recorded.get(name)) for name in names}
+        return {name: self._state(name, status.get(dvc_target(name), []), recorded.get(name)) for name in names}
 
     def digest(self, stage: str) -> str | None:
         """The recorded digest of the stage's artifact."""
@@ -255,7 +253,7 @@ class Ledger:
 
     def commit(self, stage: str) -> str:
         """Record the artifact as it stands on disk, with its inputs, code and parameters; return its digest."""
-        self.repo.commit(target=_target(stage), force=True)
+        self.repo.commit(target=dvc_target(stage), force=True)
         digest = self.digest(stage)
         if digest is None:
             raise ArtifactError(
@@ -270,7 +268,7 @@ class Ledger:
         try:
             with self.repo.lock:
                 _remove_empty_runs(Path(self.repo.stage_cache.cache_dir))
-                self.repo.stage_cache.restore(self.repo.stage.get_target(_target(stage)))
+                self.repo.stage_cache.restore(self.repo.stage.get_target(dvc_target(stage)))
         except RunCacheNotFoundError:
             return False
         if not (folder(self.root, stage) / "manifest.json").is_file():
@@ -280,7 +278,7 @@ class Ledger:
 
     def push(self, stages: Iterable[str]) -> int:
         """Copy the named artifacts to the default remote; the number of files that were new there."""
-        return int(self.repo.push(targets=[_target(name) for name in stages]))
+        return int(self.repo.push(targets=[dvc_target(name) for name in stages]))
 
     def has_remote(self) -> bool:
         """Whether a default remote is configured."""
@@ -299,7 +297,7 @@ class Ledger:
     def recorded(self) -> dict[str, Any]:
         """What dvc.lock says of every stage that was made: its inputs, code, recipe fields and artifact."""
         recorded: dict[str, Any] = {}
-        for path in (self.root / "dvc.lock", (self.root / CELLS_PIPELINE).with_suffix(".lock")):
+        for path in (self.root / "dvc.lock", (self.root / REQUESTED_PIPELINE).with_suffix(".lock")):
             if path.is_file():
                 recorded |= (yaml.load(path.read_text(encoding="utf-8"), Loader=_YamlLoader) or {}).get("stages") or {}
         return recorded
@@ -338,11 +336,6 @@ class Ledger:
         return [f"{'code' if path.endswith('.py') else 'file'} {path} {'changed' if how == 'modified' else how}"]
 
 
-def _target(stage: str) -> str:
-    """How DVC addresses a stage."""
-    return f"{CELLS_PIPELINE}:{stage}" if "@" in stage else stage
-
-
 def _stages_parsed_once(repo: Repo) -> StageLoad:
     """DVC's own loader of stages, which parses a pipeline and its lock again only when one of them has changed.
 
@@ -357,7 +350,7 @@ def _stages_parsed_once(repo: Repo) -> StageLoad:
         def load_all(
             self, path: str | None = None, name: str | None = None, accept_group: bool = True, glob: bool = False
         ) -> list[Stage]:
-            if path not in (None, PROJECT_FILE, CELLS_PIPELINE):
+            if path not in (None, PROJECT_FILE, REQUESTED_PIPELINE):
                 return super().load_all(path, name, accept_group, glob)
             file = Path(repo.root_dir, path or PROJECT_FILE)
             # Looked at before the parse, so that a change during it is seen the next time.

@@ -36,7 +36,6 @@ from transformers import Qwen2_5_VLForConditionalGeneration  # noqa: E402
 
 SLOTS = 4
 """K; on the 2 x 2 grid one slot for each cell of a tile."""
-PROJECTOR_WIDTH = 256
 _PATCHES = 16
 """Features of a tile, 4 x 4."""
 
@@ -195,6 +194,5 @@ def _recipe_of(arm: Arm, recipe: Recipe) -> Recipe:
         "latents.feedback_gradient": feedback,
         # The full gradient is cheapest with the graph of every slot kept.
         "latents.method": "sequential" if feedback == "full" else "two_pass",
-        "alignment.projector_width": PROJECTOR_WIDTH,
     }
     return override(recipe, values)

@@ -15,8 +15,8 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ class Taken:
     """A row every so many updates: `update`, `accuracy` of steps and of whole `chains` on pictures not trained on, and
     the loss of that update and its parts."""
     flops: int
-    """Of one update, everything counted that is computed: roll-out and hops too, the encoders' features not."""
+    """Of one update, counted as it was computed: forward, backward, roll-out, hops and the teachers' features."""
     readings: dict[str, Any]
     """What was read in the model in the end (`read_inside`)."""
     seconds: float
@@ -91,9 +91,15 @@ def take(recipe: Recipe, courses: Sequence[Course], work: Path, progress: Progre
     work.mkdir(parents=True, exist_ok=True)
     seeds = sorted({course.seed for course in courses})
     ahead = [Course(STAGE_1, seed, recipe.study.stage1_learning_rate) for seed in seeds]
-    _in_turn(recipe, [Course(_PRETRAINED, 0, 0.0)], work, progress, "pretraining")
-    _in_turn(recipe, ahead, work, progress, "stage 1")
-    _in_turn(recipe, courses, work, progress, label)
+    # A GPU is shared by nobody; a core takes one course.
+    workers = 1 if recipe.runtime.device == "cuda" else max(1, len(os.sched_getaffinity(0)) // recipe.runtime.threads)
+    spawned = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, spawned, initializer=_end_with, initargs=(os.getpid(),))
+    try:
+        for of_turn, said in (([Course(_PRETRAINED, 0, 0.0)], "pretraining"), (ahead, "stage 1"), (courses, label)):
+            _in_turn(pool, recipe, of_turn, work, progress, said)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
     return {course: _read(course, work) for course in courses}
 
 
@@ -105,26 +111,16 @@ def _digest(recipe: Recipe) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def _in_turn(recipe: Recipe, courses: Iterable[Course], work: Path, progress: Progress, label: str) -> None:
-    """Take what is not in `work` yet, as many at a time as there are cores."""
-    courses = list(courses)
+def _in_turn(
+    pool: Executor, recipe: Recipe, courses: Sequence[Course], work: Path, progress: Progress, label: str
+) -> None:
+    """Take what is not in `work` yet."""
     waiting = [course for course in courses if not _figures(course, work).is_file()]
-    if not waiting:
-        return
-    # A GPU is shared by nobody; a core takes one course.
-    workers = 1 if recipe.runtime.device == "cuda" else max(1, len(os.sched_getaffinity(0)) // recipe.runtime.threads)
-    pool = ProcessPoolExecutor(
-        min(workers, len(waiting)), multiprocessing.get_context("spawn"), _end_with, (os.getpid(),)
-    )
-    try:
-        values = recipe.model_dump(mode="json")
-        futures = [pool.submit(_take, values, asdict(course), str(work)) for course in waiting]
-        for future in progress.track(
-            as_completed(futures), label, total=len(courses), done=len(courses) - len(waiting)
-        ):
-            progress.say(future.result())
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    values = recipe.model_dump(mode="json")
+    futures = [pool.submit(_take, values, asdict(course), str(work)) for course in waiting]
+    done = len(courses) - len(waiting)
+    for future in progress.track(as_completed(futures), label, total=len(courses), done=done) if waiting else ():
+        progress.say(future.result())
 
 
 def _end_with(parent: int) -> None:
@@ -164,7 +160,7 @@ def _pretrain(recipe: Recipe, course: Course, work: Path) -> str:
     known = {"tower": train_tower(model, layout, study.side, study.model.tower_pretraining_steps, study.search_seed)}
     tensors = {f"tower.{name}": value for name, value in model.model.visual.state_dict().items()}
     for name, knows in TEACHERS.items():
-        encoder, known[name] = train_teacher(knows, study.side, study.search_seed)
+        encoder, known[name] = train_teacher(knows, study.side, study.teacher_updates, study.search_seed)
         tensors |= {f"{name}.{key}": value for key, value in encoder.state_dict().items()}
     row = {"update": 0.0, **known}
     _write(Taken(course, [row], 0, {}, time.process_time() - started), tensors, work)

@@ -24,8 +24,6 @@ ensure_torchvision()
 from transformers import Qwen2_5_VLForConditionalGeneration  # noqa: E402
 
 BATCH, LEARNING_RATE = 32, 3e-3
-TEACHER_UPDATES = 200
-"""Enough for .97 of the answers about cells never seen."""
 _PATCH_PIXELS = 8
 _TRAINED, _HELD_OUT = 100, 101
 """Of pictures; other parts of a seed's pictures are for training and scoring models."""
@@ -51,7 +49,7 @@ class Encoder(nn.Module):
         return features
 
 
-def train_teacher(knows: Sequence[str], side: int, seed: int) -> tuple[Encoder, float]:
+def train_teacher(knows: Sequence[str], side: int, updates: int, seed: int) -> tuple[Encoder, float]:
     """An encoder whose features tell the answers to the questions `knows`, and how often they do on other pictures.
 
     Args:
@@ -74,7 +72,7 @@ def train_teacher(knows: Sequence[str], side: int, seed: int) -> tuple[Encoder, 
         known = known.repeat_interleave(patches, 1).repeat_interleave(patches, 2)
         return heads(encoder(pictures.pixels)).flatten(0, 2), known.flatten(0, 2)
 
-    right = _train_densely(answers, sizes, [*encoder.parameters(), *heads.parameters()], side, TEACHER_UPDATES, seed)
+    right = _train_densely(answers, sizes, [*encoder.parameters(), *heads.parameters()], side, updates, seed)
     return encoder.eval().requires_grad_(False), right
 
 
