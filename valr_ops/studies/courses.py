@@ -21,7 +21,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -48,7 +47,7 @@ SEGMENTS = (0, 1, 2)
 """Imposed before every step."""
 SEARCHED, SCORED = range(2)
 """Held-out pictures by which a learning rate is chosen, and those by which arms are compared."""
-_STAGE_1, _STAGE_2, _CORPUS, _HELD_OUT = range(4)
+_STAGE_1, _STAGE_2, _HELD_OUT = range(3)
 _PRETRAINED = "pretrained"
 
 
@@ -191,8 +190,7 @@ def _read_teachers(work: Path, device: str) -> dict[str, Encoder]:
 
 def held_out(recipe: Recipe, part: int) -> Pictures:
     """Pictures that no course trains on, the same for all."""
-    study = recipe.study
-    return draw((study.search_seed, _HELD_OUT, part), study.pictures, study.side, study.steps)
+    return draw((recipe.study.search_seed, _HELD_OUT, part), recipe.study.pictures, recipe.study.side)
 
 
 def _model(recipe: Recipe, seed: int) -> tuple[Qwen2_5_VLForConditionalGeneration, Layout]:
@@ -229,12 +227,11 @@ def _train(
     flops, seconds, searching = 0, 0.0, course.seed == study.search_seed
     updates *= 1 if searching or stage == _STAGE_1 else arm.times
     subject, pictures = Subject(model, layout, arm), held_out(recipe, SEARCHED if searching else SCORED)
-    corpus = draw((course.seed, _CORPUS), study.corpus, study.side, study.steps)
     for update in range(1, updates + 1):
         started = time.process_time()
         for group in groups:
             group["lr"] = group["peak_lr"] * min(1.0, update / study.warmup_updates)
-        drawn = corpus[np.random.default_rng((course.seed, stage, update)).choice(len(corpus), study.batch, False)]
+        drawn = draw((course.seed, stage, update), study.batch, study.side)
         if update == 1:
             with FlopCounterMode(display=False) as counter:
                 row = _update(loss_of, drawn, optimizer, trained, training.max_gradient_norm)
@@ -269,7 +266,7 @@ def read_inside(subject: Subject, pictures: Pictures) -> dict[str, Any]:
             condition: float(look(subject, pictures, condition).right.mean()) for condition in CONDITIONS
         }
         found["segments"] = {
-            str(count): float(look(subject, pictures, before=[count] * pictures.steps).right.mean())
+            str(count): float(look(subject, pictures, before=[count] * pictures.tiles).right.mean())
             for count in SEGMENTS
         }
     return found
