@@ -142,7 +142,7 @@ def findings(**shares: list[float]) -> Findings:
         ]
         for arm, values in shares.items()
     }
-    return Findings(taken, recipe().study, 0.95, ("sft",), None)
+    return Findings(taken, recipe().study, 0.95, ("sft",))
 
 
 @pytest.mark.parametrize(

@@ -697,7 +697,7 @@ class StudyRecipe(_Values):
     pictures: PositiveInt = 512
     """Paper silent; held-out pictures that each point is scored on."""
     quick: bool = False
-    """Paper silent; the first two seeds, one learning rate and the three main arms: minutes instead of an hour."""
+    """Paper silent; the first two seeds, one learning rate and the three main arms: half an hour instead of hours."""
 
     @model_validator(mode="after")
     def _seeds_make_sense(self) -> StudyRecipe:

@@ -33,7 +33,7 @@ _QUICK_SEEDS = 2
 
 def build_method_check(context: StageContext) -> StageReport:
     """Stage `method_check`."""
-    return _build(context, METHOD, against=("sft", "latents"), dearest="aligned")
+    return _build(context, METHOD, against=("sft", "latents"))
 
 
 def build_gradient_check(context: StageContext) -> StageReport:
@@ -46,9 +46,7 @@ def build_encoder_check(context: StageContext) -> StageReport:
     return _build(context, ENCODERS, against=("colour", "aligned"))
 
 
-def _build(
-    context: StageContext, arms: Sequence[str], *, against: Sequence[str], dearest: str | None = None
-) -> StageReport:
+def _build(context: StageContext, arms: Sequence[str], *, against: Sequence[str]) -> StageReport:
     recipe = context.recipe
     if recipe.study.quick:
         arms = _QUICK.get(context.stage, arms)
@@ -59,7 +57,7 @@ def _build(
     courses = [Course(arm, seed, rates[arm]) for arm in arms for seed in seeds]
     for course, one in take(recipe, courses, context.work, context.progress, "courses").items():
         taken.setdefault(course.arm, []).append(one)
-    found = Findings(taken, recipe.study, recipe.evaluation.confidence, tuple(against), dearest)
+    found = Findings(taken, recipe.study, recipe.evaluation.confidence, tuple(against))
     written = tables(found)
     text = "\n\n".join([f"# {context.stage}", *(f"## {title}\n\n{table}" for title, table in written.items())])
     (context.out / "result.md").write_text(text + "\n", encoding="utf-8")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from valr_ops.evaluation.statistics import Interval, percent, points, t_interval
 from valr_ops.recipe.recipe import StudyRecipe
@@ -38,8 +39,6 @@ class Findings:
     confidence: float
     against: tuple[str, ...]
     """The arms that every other is compared with."""
-    dearest: str | None
-    """The arm whose compute the longer-trained arms are given too."""
 
     def right(self, arm: str) -> Interval:
         """Share of the steps that are right after `study.updates` updates."""
@@ -98,7 +97,9 @@ def tables(found: Findings) -> dict[str, str]:
 
 def sentences(found: Findings) -> list[str]:
     """Every comparison that the study was made for, each with its interval."""
-    said = [f"{len(found.study.seeds)} seeds in the recipe, {_seeds(found)} in this run."]
+    said = [
+        f"Seeds {_seeds(found)}; differences of shares in points, paired by seed, {found.confidence:.0%} intervals."
+    ]
     for other in found.against:
         for arm in found.taken:
             if arm == other or arm in found.against[: found.against.index(other)]:
@@ -209,7 +210,6 @@ def draw_curves(found: Findings) -> Figure:
         for panel, across in zip(panels, (updates, updates * courses[0].flops / 1e9), strict=True):
             panel.plot(across, right.T, linewidth=0.6, alpha=0.4, **look)
             panel.plot(across, right.mean(0), linewidth=2, label=f"{arm}: {ARMS[arm].summary}", **look)
-    # A step that is guessed from the right tile, or from the right corner of another.
     panels[0].set(xlabel="updates", ylabel="steps right, %", ylim=(0, 100))
     panels[1].set(xlabel="compute, GFLOPs (forward, backward, roll-out)")
     _finish(panels[0])
@@ -231,7 +231,8 @@ def draw_inside(found: Findings) -> Figure:
         conditions.bar(across, values.mean(1), 0.8 / len(fed), color=colour, alpha=0.6)
         conditions.plot(across, values, ".", color=colour, markersize=3)
     conditions.set_xticks(range(len(_CONDITIONS)), list(_CONDITIONS), rotation=30)
-    conditions.set(ylabel="steps right, %", ylim=(0, 100), title="what the slots are fed")
+    conditions.set(ylabel="steps right, %", ylim=(0, 100))
+    conditions.set_title("what the slots are fed", fontsize="small")
     for arm in arms:
         colour = f"C{arms.index(arm) % 10}"
         for reading, style in (("step_probe", "--"), ("slot_probe", "-")):
@@ -241,10 +242,12 @@ def draw_inside(found: Findings) -> Figure:
         means = 100 * np.mean([one.readings["image_attention"] for one in found.taken[arm]], axis=0)
         attention.plot(range(1, len(means) + 1), means, color=colour, marker="o", markersize=3, label=arm)
     probes.set(xlabel="states, from the embedding on", ylabel="read by a linear probe, %", ylim=(0, 100))
-    probes.set_title("solid: every cell, at the slots; dashed: asked cell, at the step", fontsize="small")
+    probes.set_title("solid: every cell, at the slots\ndashed: asked cell, at the step", fontsize="small")
     attention.set(xlabel="step", ylabel="attention on the picture, %", ylim=(0, None))
     for panel in (conditions, probes, attention):
         _finish(panel)
+    for panel in (probes, attention):
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     attention.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
 
