@@ -51,12 +51,13 @@ def test_what_is_no_job_is_said(url: str) -> None:
         pod.run_job(url, "sources")
 
 
-def test_a_job_takes_nothing_from_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("given", [["--force"], ["--quick"], ["--part", "0/2"], ["--set", "seed=1"]])
+def test_a_job_takes_nothing_from_the_command_line(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     from valr_ops.__main__ import main
 
     with pytest.raises(SystemExit):
-        main(["run", "sources", "--job", "s3://test/jobs/a", "--force"])
-    assert "leave out --set, --force and --part" in capsys.readouterr().err
+        main(["run", "sources", "--job", "s3://test/jobs/a", *given])
+    assert "leave out --set, --force, --part and --quick" in capsys.readouterr().err
 
 
 class Away:
