@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import PIL.Image
 from matplotlib.axes import Axes
@@ -305,6 +307,14 @@ def draw_alignment_maps(maps: Sequence[Row], picture: Callable[[Row], PIL.Image.
 
 
 # -------------------------------------------------------------------------------------------------------- of all rows
+
+
+def save_figure(figure: Figure, folder: Path, name: str) -> None:
+    """`figure` as NAME.png and NAME.svg in `folder`, the same bytes for the same figure."""
+    figure.savefig(folder / f"{name}.png", dpi=110, metadata={"Software": None})
+    # Ids inside the drawing are random otherwise.
+    with matplotlib.rc_context({"svg.hashsalt": name}):
+        figure.savefig(folder / f"{name}.svg", metadata={"Date": None, "Creator": None})
 
 
 def mean(values: Sequence[float] | np.ndarray) -> float:

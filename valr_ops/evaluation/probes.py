@@ -17,7 +17,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import matplotlib
 import numpy as np
 import PIL.Image
 import pyarrow as pa
@@ -47,6 +46,7 @@ from valr_ops.evaluation.findings import (
     masking_table,
     mean,
     of_records,
+    save_figure,
 )
 from valr_ops.evaluation.interventions import (
     CONDITIONS,
@@ -476,10 +476,7 @@ def _models(context: StageContext) -> list[str]:
 def _write(context: StageContext, title: str, sentences: Sequence[str], figure: Figure) -> None:
     """`result.md`, and the figure under the name of the stage."""
     (context.out / "result.md").write_text("\n\n".join([f"# {title}", *sentences]) + "\n", encoding="utf-8")
-    figure.savefig(context.out / f"{context.stage}.png", dpi=110, metadata={"Software": None})
-    # Ids inside the drawing are random otherwise.
-    with matplotlib.rc_context({"svg.hashsalt": context.stage}):
-        figure.savefig(context.out / f"{context.stage}.svg", metadata={"Date": None, "Creator": None})
+    save_figure(figure, context.out, context.stage)
 
 
 def _write_rows(path: Path, rows: Sequence[Row]) -> None:

@@ -32,7 +32,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration  # noqa: E402
 
 Condition = Literal["normal", "zeroed", "noised", "other", "first", "markers"]
 CONDITIONS: tuple[Condition, ...] = ("normal", "zeroed", "noised", "other", "first", "markers")
-"""What slots are fed: the model's own states; zeros; noise of the same norms; the states of the next picture; of each
+"""What slots are fed: the model's own states; zeros; noise of the same norms; the states of the picture before; of each
 segment the first state at every slot. At `markers` there are no slots, the control tokens stand alone."""
 
 _AT_ONCE = 128

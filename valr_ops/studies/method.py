@@ -14,11 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import matplotlib
 import pyarrow as pa
 import pyarrow.parquet as pq
-from matplotlib.figure import Figure
 
+from valr_ops.evaluation.findings import save_figure
 from valr_ops.store.artifacts import StageContext, StageReport
 from valr_ops.studies.arms import ARMS
 from valr_ops.studies.courses import Course, Taken, take
@@ -63,7 +62,7 @@ def _build(context: StageContext, arms: Sequence[str], *, against: Sequence[str]
     (context.out / "result.md").write_text(text + "\n", encoding="utf-8")
     plots = {"curves": draw_curves(found), "inside": draw_inside(found)}
     for name, figure in plots.items():
-        _save(context, name, figure)
+        save_figure(figure, context.out, name)
     _write_rows(context, "curves", _curves(taken))
     _write_rows(context, "readings", _readings(taken))
     summary: dict[str, int | float | str] = {"seeds": len(seeds)}
@@ -120,10 +119,3 @@ def _write_rows(context: StageContext, name: str, rows: Sequence[Mapping[str, ob
     columns = dict.fromkeys(key for row in rows for key in row)
     table = pa.table({key: pa.array([row.get(key) for row in rows]) for key in columns})
     pq.write_table(table, context.out / f"{name}.parquet")
-
-
-def _save(context: StageContext, name: str, figure: Figure) -> None:
-    figure.savefig(context.out / f"{name}.png", dpi=110, metadata={"Software": None})
-    # Ids inside the drawing are random otherwise.
-    with matplotlib.rc_context({"svg.hashsalt": context.stage}):
-        figure.savefig(context.out / f"{name}.svg", metadata={"Date": None, "Creator": None})
