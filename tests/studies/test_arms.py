@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from tests.studies.tiny_study import model, recipe, teachers
 from valr_ops.data.batching import IGNORED
 from valr_ops.studies.arms import ARMS, ArmLoss
-from valr_ops.studies.tiles import CORNERS, by_tile, draw
+from valr_ops.studies.tiles import CORNERS, along_trail, draw
 
 
 def losses(name: str) -> tuple[ArmLoss, dict[str, float], torch.Tensor]:
@@ -17,7 +17,7 @@ def losses(name: str) -> tuple[ArmLoss, dict[str, float], torch.Tensor]:
     one, layout = model()
     torch.manual_seed(5)
     loss_of = ArmLoss(ARMS[name], one, teachers(), layout, recipe()).double()
-    loss, row = loss_of(draw((8,), 3, 2))
+    loss, row = loss_of(draw((8,), 3, 2, 4))
     return loss_of, row, loss
 
 
@@ -51,7 +51,7 @@ def test_another_pictures_features_are_the_target_where_the_arm_says_so() -> Non
 
 def test_pads_in_place_of_states_read_neither_the_step_before_nor_the_slot_before() -> None:
     one, layout = model()
-    pictures = draw((8,), 2, 2)
+    pictures = draw((8,), 2, 2, 4)
     loss_of = ArmLoss(ARMS["pads"], one, teachers(), layout, recipe()).double()
     _, row = loss_of(pictures)
     batch = layout.batch(pictures, 4)
@@ -86,8 +86,12 @@ def test_the_gradient_of_all_hops_is_the_full_one_and_the_cut_one_is_not() -> No
     assert apart["cut"] > apart["hops_4"] > 0
 
 
-def test_a_tile_is_cut_out_where_it_stands() -> None:
-    grid = torch.arange(6 * 6).view(1, 6, 6, 1)
-    tiles = by_tile(grid, 9)
-    assert tiles.shape == (9, 2, 2, 1)
-    assert tiles[4].flatten().tolist() == [14, 15, 20, 21] and tiles[4].numel() == CORNERS
+def test_a_tile_is_cut_out_where_the_trail_leads() -> None:
+    pictures = draw((8,), 2, 3, 2)
+    grid = torch.arange(2 * 6 * 6).view(2, 6, 6, 1)
+    tiles = along_trail(grid, pictures)
+    assert tiles.shape == (4, 2, 2, 1) and tiles[0].numel() == CORNERS
+    for row, trail in enumerate(pictures.trail.tolist()):
+        for step, tile in enumerate(trail):
+            first = 36 * row + 12 * (tile // 3) + 2 * (tile % 3)
+            assert tiles[2 * row + step].flatten().tolist() == [first, first + 1, first + 6, first + 7]

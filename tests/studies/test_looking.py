@@ -15,12 +15,12 @@ from valr_ops.studies.tiles import draw
 
 def seen(condition: Condition = "normal", arm: str = "aligned") -> Seen:
     one, layout = model()
-    return look(Subject(one, layout, ARMS[arm]), draw((9,), 6, 2), condition)
+    return look(Subject(one, layout, ARMS[arm]), draw((9,), 6, 2, 4), condition)
 
 
 def test_the_plain_pass_is_the_pass_of_training() -> None:
     one, layout = model()
-    batch = layout.batch(draw((9,), 6, 2), 4)
+    batch = layout.batch(draw((9,), 6, 2, 4), 4)
     trained = latents.forward(one, batch, method="reference", block=1)
     plain = seen().at_slots
     assert plain is not None and trained.states is not None
@@ -30,7 +30,7 @@ def test_the_plain_pass_is_the_pass_of_training() -> None:
 
 def test_a_step_is_right_where_the_likeliest_word_is_the_asked_one() -> None:
     one, layout = model()
-    pictures = draw((9,), 6, 2)
+    pictures = draw((9,), 6, 2, 4)
     logits = one.lm_head(seen().at_step[:, :, -1])
     words = torch.from_numpy(layout._words[pictures.answers])
     assert (seen().right == (logits.argmax(-1) == words).numpy()).all()
@@ -43,7 +43,7 @@ def test_every_condition_changes_what_a_step_sees(condition: Condition) -> None:
 
 def test_what_slots_are_fed() -> None:
     _, layout = model()
-    pictures = draw((9,), 3, 2)
+    pictures = draw((9,), 3, 2, 4)
     batch = layout.batch(pictures, 4)
     states = torch.randn(12, 4, 8, dtype=torch.float64)
     assert (_fed(states, batch, "other", (0,))[0:4] == states[8:12]).all(), "those of the picture before"
@@ -62,9 +62,9 @@ def test_attention_on_the_picture_is_a_share_and_a_model_without_latents_has_no_
 
 def test_pictures_looked_at_in_pieces_are_looked_at_alike() -> None:
     one, layout = model()
-    subject, pictures = Subject(one, layout, ARMS["aligned"]), draw((9,), 130, 2)
+    subject, pictures = Subject(one, layout, ARMS["aligned"]), draw((9,), 130, 2, 4)
     together = look(subject, pictures).at_step
-    alone = look(subject, type(pictures)(*(value[128:] for value in vars(pictures).values()))).at_step
+    alone = look(subject, pictures[128:]).at_step
     assert (together[128:] - alone).abs().max() < 1e-9
 
 

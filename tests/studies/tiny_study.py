@@ -28,6 +28,7 @@ SMALL = {
     "study.model.tower_pretraining_steps": 20,
     "study.teacher_updates": 20,
     "study.block": 1,
+    "study.side": 2,
     "study.seeds": [1, 2],
     "study.stage1_updates": 3,
     "study.updates": 2,

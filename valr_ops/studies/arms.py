@@ -9,6 +9,7 @@ starts from are the same.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,7 +24,7 @@ from valr_ops.model.latents import Rollout
 from valr_ops.model.qwen import input_embeddings, rope_positions, vision_embeddings
 from valr_ops.recipe.recipe import Recipe, override
 from valr_ops.studies.encoders import Encoder
-from valr_ops.studies.tiles import CORNERS, QUESTIONS, Layout, Pictures, by_tile
+from valr_ops.studies.tiles import CORNERS, QUESTIONS, Layout, Pictures, along_trail
 from valr_ops.torchvision_guard import ensure_torchvision
 from valr_ops.training.engine import Ranks
 from valr_ops.training.log import Row
@@ -60,8 +61,8 @@ class Arm:
     teachers: tuple[str, ...] = ()
     """Whose features are predicted; keys of `TEACHERS`."""
     reads: Literal["slots", "image", "step"] = "slots"
-    """Where they are predicted from: the slots before a step, the image positions of its tile, or the position that
-    names the tile, from which the word is written."""
+    """Where they are predicted from: the slots before a step, the image positions of its tile, or the position from
+    which its word is written."""
     of_another: bool = False
     """The features are those of another picture."""
     fed: Literal["states", "pads"] = "states"
@@ -73,7 +74,7 @@ class Arm:
 
 
 ARMS: dict[str, Arm] = {
-    "sft": Arm("text alone", times=3),
+    "sft": Arm("text alone", times=2),
     "markers": Arm("control tokens without slots", slots=0),
     "latents": Arm("latents, aligned to nothing", slots=SLOTS),
     "aligned": Arm("latents, aligned", slots=SLOTS, teachers=("all",)),
@@ -125,7 +126,7 @@ class ArmLoss(nn.Module):
         batch = self._layout.batch(pictures, self._arm.slots).to(self._model.device)
         targets = self._targets(pictures)
         if self._arm.reads != "slots":
-            return self._read_elsewhere(batch, targets, pictures.tiles)
+            return self._read_elsewhere(batch, targets, pictures)
         share = Share(batch, {name: list(features) for name, features in targets.items()})
         alone = Ranks(0, 1, torch.device("cpu"))
         counts = Counts.of([share], self._objective.shape, alone)
@@ -134,11 +135,12 @@ class ArmLoss(nn.Module):
 
     @torch.no_grad()
     def _targets(self, pictures: Pictures) -> dict[str, Tensor]:
-        """By teacher, [n * tiles, 4, 4, D]: the features of each tile."""
+        """By teacher, [n * steps, 4, 4, D]: the features of the tile that each step is about."""
         found = {}
         for name, encoder in self._encoders.items():
-            features = encoder(pictures.pixels)
-            found[name] = by_tile(features.roll(1, 0) if self._arm.of_another else features, pictures.tiles)
+            found[name] = along_trail(encoder(pictures.pixels), pictures)
+            if self._arm.of_another:
+                found[name] = found[name].roll(pictures.steps, 0)
         return found
 
     def _rollout(self, batch: Batch) -> Rollout | None:
@@ -146,7 +148,7 @@ class ArmLoss(nn.Module):
             return self._objective.roll_out([batch])[0] if self._arm.slots else None
         return pad_rollout(self._model, batch)
 
-    def _read_elsewhere(self, batch: Batch, targets: Mapping[str, Tensor], tiles: int) -> tuple[Tensor, Row]:
+    def _read_elsewhere(self, batch: Batch, targets: Mapping[str, Tensor], pictures: Pictures) -> tuple[Tensor, Row]:
         """The loss of an arm without latents whose projector reads other positions."""
         assert self.projectors is not None
         seen = self._model.model.language_model(
@@ -162,18 +164,19 @@ class ArmLoss(nn.Module):
         )
         hidden, rows = seen.hidden_states[self._recipe.alignment.block + 1], len(batch.input_ids)
         if self._arm.reads == "image":
-            side = int((CORNERS * tiles) ** 0.5)
-            read = by_tile(hidden[batch.mm_token_type_ids == 1].view(rows, side, side, -1), tiles).flatten(1, 2)
+            side = math.isqrt(pictures.shown[0].size)
+            seen_there = hidden[batch.mm_token_type_ids == 1].view(rows, side, side, -1)
+            read = along_trail(seen_there, pictures).flatten(1, 2)
             spread = upsampling_matrix(CORNERS, 4, 4, self._recipe.alignment.upsample).to(read)
         else:
-            read, spread = hidden[self._layout.says_which_tile(batch)][:, None], hidden.new_ones(1, 1)
+            read, spread = hidden[self._layout.writing(batch)][:, None], hidden.new_ones(1, 1)
         loss, row = ce, {"ce": ce.item()}
         for name, features in targets.items():
             target = features.flatten(1, 2)
             predicted = self.projectors[name](read, spread).view_as(target)
             cosine = F.cosine_similarity(predicted, target, dim=-1).mean()
             loss = loss - self._recipe.alignment.weight * cosine / len(targets)
-            other = target.roll(tiles, 0)
+            other = target.roll(pictures.steps, 0)
             row[f"alignment/{name}"] = cosine.item()
             row[f"control/{name}"] = F.cosine_similarity(predicted.detach(), other, dim=-1).mean().item()
         return loss, {"loss": loss.item(), **row}

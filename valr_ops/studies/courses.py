@@ -190,7 +190,8 @@ def _read_teachers(work: Path, device: str) -> dict[str, Encoder]:
 
 def held_out(recipe: Recipe, part: int) -> Pictures:
     """Pictures that no course trains on, the same for all."""
-    return draw((recipe.study.search_seed, _HELD_OUT, part), recipe.study.pictures, recipe.study.side)
+    study = recipe.study
+    return draw((study.search_seed, _HELD_OUT, part), study.pictures, study.side, study.steps)
 
 
 def _model(recipe: Recipe, seed: int) -> tuple[Qwen2_5_VLForConditionalGeneration, Layout]:
@@ -231,7 +232,7 @@ def _train(
         started = time.process_time()
         for group in groups:
             group["lr"] = group["peak_lr"] * min(1.0, update / study.warmup_updates)
-        drawn = draw((course.seed, stage, update), study.batch, study.side)
+        drawn = draw((course.seed, stage, update), study.batch, study.side, study.steps)
         if update == 1:
             with FlopCounterMode(display=False) as counter:
                 row = _update(loss_of, drawn, optimizer, trained, training.max_gradient_norm)
@@ -266,7 +267,7 @@ def read_inside(subject: Subject, pictures: Pictures) -> dict[str, Any]:
             condition: float(look(subject, pictures, condition).right.mean()) for condition in CONDITIONS
         }
         found["segments"] = {
-            str(count): float(look(subject, pictures, before=[count] * pictures.tiles).right.mean())
+            str(count): float(look(subject, pictures, before=[count] * pictures.steps).right.mean())
             for count in SEGMENTS
         }
     return found

@@ -112,7 +112,7 @@ def _train_densely(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=updates, pct_start=0.1)
 
     def asked(part: int, number: int, count: int) -> list[tuple[Tensor, Tensor]]:
-        scores, known = answers(draw((seed, part, number), count, side))
+        scores, known = answers(draw((seed, part, number), count, side, 1))
         return list(zip(scores.split(list(sizes), dim=-1), known.unbind(-1), strict=True))
 
     for update in range(updates):

@@ -54,7 +54,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Seen:
-    """One pass over n pictures of T tiles."""
+    """One pass over n pictures with trails of T steps."""
 
     right: npt.NDArray[np.bool_]
     """[n, T]: whether a step says what stands in the asked cell."""
@@ -83,9 +83,7 @@ def look(
     """
     parts = []
     for start in range(0, len(pictures), _AT_ONCE):
-        now = slice(start, start + _AT_ONCE)
-        some = Pictures(pictures.pixels[now], pictures.shown[now], pictures.corner[now])
-        parts.append(_look(subject, some, condition, before, (seed, start)))
+        parts.append(_look(subject, pictures[start : start + _AT_ONCE], condition, before, (seed, start)))
     slots = [part.at_slots for part in parts if part.at_slots is not None]
     return Seen(
         np.concatenate([part.right for part in parts]),
@@ -115,20 +113,20 @@ def _look(
         output_hidden_states=True,
         output_attentions=True,
     )
-    count, tiles = pictures.answers.shape
-    writing = layout.says_which_tile(batch)
+    count, steps = pictures.answers.shape
+    writing = layout.writing(batch)
     said = model.lm_head(seen.last_hidden_state[writing]).argmax(-1).cpu()
     asked = batch.input_ids.cpu()[:, 1:][writing.cpu()[:, :-1]]
     image = batch.mm_token_type_ids == 1
     looked = sum((weights.mean(1) * image[:, None]).sum(-1) for weights in seen.attentions) / len(seen.attentions)
     states = torch.stack(seen.hidden_states, dim=2)
     at_slots = None
-    if slots and len(batch.segment_rows) == count * tiles:
-        at_slots = states[batch.slot_mask].unflatten(0, (count, tiles, slots)).cpu()
+    if slots and len(batch.segment_rows) == count * steps:
+        at_slots = states[batch.slot_mask].unflatten(0, (count, steps, slots)).cpu()
     return Seen(
-        (said == asked).view(count, tiles).numpy(),
-        looked[writing].view(count, tiles).double().cpu().numpy(),
-        states[writing].unflatten(0, (count, tiles)).cpu(),
+        (said == asked).view(count, steps).numpy(),
+        looked[writing].view(count, steps).double().cpu().numpy(),
+        states[writing].unflatten(0, (count, steps)).cpu(),
         at_slots,
     )
 
@@ -157,12 +155,12 @@ def step_probe(seen: Seen, pictures: Pictures) -> list[float]:
 
 
 def slot_probe(seen: Seen, pictures: Pictures) -> list[float]:
-    """By block, the share of held-out cells whose class a linear map reads from all K slots of the cell's tile.
+    """By block, the share of cells of the steps' tiles whose class a linear map reads from all K slots before the step.
 
     The mean over the four cells of a tile, each with a map of its own.
     """
     assert seen.at_slots is not None, "the arm has no slots"
-    shown = torch.from_numpy(pictures.shown).flatten(0, 1)
+    shown = torch.from_numpy(pictures.met).flatten(0, 1)
     return [
         float(np.mean([_read(states.flatten(0, 1).flatten(1), shown[:, corner]) for corner in range(CORNERS)]))
         for states in seen.at_slots.unbind(3)

@@ -1,14 +1,15 @@
-"""The studies' task: pictures of tiles, and questions whose every step can only be written by looking at its tile.
+"""The studies' task: pictures of tiles, and trails through them that only looking finds.
 
-A picture has T x T tiles of 2 x 2 cells; a cell is empty or shows a shape of one of 4 colours and 3 forms. A question
-names a corner, i to l: the cell of every tile that is asked about. Step i says tile i's number and what stands in its
-asked cell, one of 13 words. So the text tells one of the four things that a tile shows, and a teacher's features tell
-all four.
+A picture has T x T tiles of 2 x 2 cells. The first cell of a tile is a sign: what it shows names another tile. Each of
+the other cells is empty or shows a shape of one of 4 colours and 3 forms. A question names a tile to start from and one
+of the three other corners. A step says what the asked corner of the present tile shows, one of 13 words, and then goes
+on to the tile that the sign names, which is never said. So the text tells little of what has to be seen, step n can
+only be written after n looks one after another, and a record's target is the tile that a step is about.
 
     in    a seed and sizes
     out   `Pictures` as arrays, and the `Batch` of them in the layout of training
-    always the same arguments give the same pictures; every cell is uniform and independent of the others, so nothing
-          but its own look tells it, and what was said before does not help
+    always the same arguments give the same pictures; a trail visits no tile twice, and the cells that are asked about
+          are uniform and independent, so nothing but the picture tells a step, and what was said before does not help
 """
 
 from __future__ import annotations
@@ -41,8 +42,10 @@ CELL_PIXELS = 16
 QUESTIONS = {"colour": COLOURS + 1, "form": FORMS + 1, "layout": 2}
 """What a teacher may know of a cell, with the number of answers: its colour or none, its form or none, whether
 anything stands there."""
+SIGN = 0
+"""The corner that names the next tile."""
 
-_NUMBERS, _CORNERS, _WORDS = "0123456789abcdef", "ijkl", "ABCDEFGHIJKLM"
+_NUMBERS, _CORNERS, _WORDS, _STEP = "0123456789ab", "ijkl", "ABCDEFGHIJKLM", ";"
 _EMPTY = CLASSES - 1
 _PAINTS = ((214, 40, 40), (42, 157, 80), (30, 96, 220), (244, 200, 20))
 _PAPER = 236
@@ -58,20 +61,30 @@ class Pictures:
     """[n, side, side, 3]"""
     shown: npt.NDArray[np.int64]
     """[n, tiles, corners]: class of every cell, tiles and the cells of a tile in reading order."""
+    trail: npt.NDArray[np.int64]
+    """[n, steps]: the tile that each step is about."""
     corner: npt.NDArray[np.int64]
     """[n]: the cell of every tile that is asked about."""
 
     def __len__(self) -> int:
         return len(self.pixels)
 
+    def __getitem__(self, which: slice | npt.NDArray[np.int64]) -> Pictures:
+        return Pictures(self.pixels[which], self.shown[which], self.trail[which], self.corner[which])
+
     @property
-    def tiles(self) -> int:
-        return self.shown.shape[1]
+    def steps(self) -> int:
+        return self.trail.shape[1]
+
+    @property
+    def met(self) -> npt.NDArray[np.int64]:
+        """[n, steps, corners]: what the tiles of the trail show."""
+        return np.take_along_axis(self.shown, self.trail[:, :, None], axis=1)
 
     @property
     def answers(self) -> npt.NDArray[np.int64]:
-        """[n, tiles]: the class that each step has to say."""
-        return self.shown[np.arange(len(self)), :, self.corner]
+        """[n, steps]: the class that each step has to say."""
+        return self.met[np.arange(len(self)), :, self.corner]
 
     @property
     def known(self) -> npt.NDArray[np.int64]:
@@ -81,14 +94,18 @@ class Pictures:
         return np.stack([np.where(empty, COLOURS, shown // FORMS), np.where(empty, FORMS, shown % FORMS), empty], -1)
 
 
-def draw(seed: Sequence[int], count: int, side: int) -> Pictures:
-    """`count` pictures of `side` x `side` tiles with a question each."""
+def draw(seed: Sequence[int], count: int, side: int, steps: int) -> Pictures:
+    """`count` pictures of `side` x `side` tiles with a question and its trail each."""
     rng = np.random.default_rng(seed)
-    shown = rng.integers(0, CLASSES, (count, side * side, CORNERS))
+    tiles = side * side
+    shown = rng.integers(0, CLASSES, (count, tiles, CORNERS))
+    shown[:, :, SIGN] = rng.integers(0, tiles, (count, tiles))
+    trail = rng.permuted(np.tile(np.arange(tiles), (count, 1)), axis=1)[:, :steps]
+    np.put_along_axis(shown[:, :, SIGN], trail[:, :-1], trail[:, 1:], axis=1)
     cells = _laid_out(_cells()[shown, rng.integers(0, _LOOKS, shown.shape)])
     rows, columns = cells.shape[1:3]
     pixels = cells.transpose(0, 1, 3, 2, 4, 5).reshape(count, rows * CELL_PIXELS, columns * CELL_PIXELS, 3)
-    return Pictures(np.ascontiguousarray(pixels), shown, rng.integers(0, CORNERS, count))
+    return Pictures(np.ascontiguousarray(pixels), shown, trail, rng.integers(SIGN + 1, CORNERS, count))
 
 
 def _laid_out(by_tile: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
@@ -99,12 +116,14 @@ def _laid_out(by_tile: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
     return laid.reshape(count, 2 * side, 2 * side, *rest)
 
 
-def by_tile(grid: Tensor, tiles: int) -> Tensor:
-    """[n, rows, columns, D] over a whole picture to [n * tiles, rows of a tile, columns of a tile, D]."""
+def along_trail(grid: Tensor, pictures: Pictures) -> Tensor:
+    """[n, rows, columns, D] over whole pictures to [n * steps, rows of a tile, columns of a tile, D], step by step."""
+    count, tiles = pictures.shown.shape[:2]
     side = math.isqrt(tiles)
-    count, rows, columns, width = grid.shape
-    cut = grid.view(count, side, rows // side, side, columns // side, width)
-    return cut.transpose(2, 3).reshape(count * tiles, rows // side, columns // side, width)
+    _, rows, columns, width = grid.shape
+    cut = grid.reshape(count, side, rows // side, side, columns // side, width).transpose(2, 3)
+    by_tile = cut.reshape(count, tiles, rows // side, columns // side, width)
+    return by_tile[torch.arange(count)[:, None], torch.from_numpy(pictures.trail)].flatten(0, 1)
 
 
 @functools.cache
@@ -143,7 +162,7 @@ class Layout:
         def ids(tokens: Sequence[str]) -> npt.NDArray[np.int64]:
             return np.array([tokenizer.convert_tokens_to_ids(token) for token in tokens])
 
-        self._numbers, self._corners, self._words = ids(_NUMBERS), ids(_CORNERS), ids(_WORDS)
+        self._numbers, self._corners, self._words, (self._step,) = map(ids, (_NUMBERS, _CORNERS, _WORDS, _STEP))
         special = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|im_end|>")
         self._begin, self._image, self._end, self._stop = ids(special)
 
@@ -154,22 +173,24 @@ class Layout:
             slots: K; 0 leaves the two control tokens alone, None leaves them out as well.
             before: how many segments stand before each step; one each by default.
         """
-        count, tiles = pictures.answers.shape
-        before = [0 if slots is None else 1] * tiles if before is None else before
-        image = np.array([self._begin, *[self._image] * (CORNERS * tiles), self._end])
+        count, steps = pictures.answers.shape
+        before = [0 if slots is None else 1] * steps if before is None else before
+        cells = pictures.shown[0].size
+        image = np.array([self._begin, *[self._image] * cells, self._end])
         segment = np.array([self._control.latent, *[self._control.latent_pad] * (slots or 0), self._control.latent_end])
         words = self._words[pictures.answers]
-        columns = [np.tile(image, (count, 1)), self._corners[pictures.corner][:, None]]
-        prompt = length = len(image) + 1
+        question = np.stack([self._numbers[pictures.trail[:, 0]], self._corners[pictures.corner]], axis=1)
+        columns = [np.tile(image, (count, 1)), question]
+        prompt = length = len(image) + 2
         starts: list[int] = []
         looked_at: list[int] = []
-        for tile in range(tiles):
-            for _ in range(before[tile]):
+        for step in range(steps):
+            for _ in range(before[step]):
                 columns.append(np.tile(segment, (count, 1)))
                 starts.append(length + 1)
-                looked_at.append(tile)
+                looked_at.append(step)
                 length += len(segment)
-            columns += [np.full((count, 1), self._numbers[tile]), words[:, tile, None]]
+            columns += [np.full((count, 1), self._step), words[:, step, None]]
             length += 2
         ids = torch.from_numpy(np.concatenate([*columns, np.full((count, 1), self._stop)], axis=1))
         slot_mask = ids == self._control.latent_pad
@@ -178,8 +199,9 @@ class Layout:
         seen = self._processor.image_processor(images=list(pictures.pixels), return_tensors="pt")
         segments = len(starts) if slots else 0
         targets: list[Region | None] = []
+        trails = pictures.trail.tolist()
         if segments:
-            targets += [Region(str(row), (tile, 0, tile + 1, 1)) for row in range(count) for tile in looked_at]
+            targets += [Region(str(row), _box(tiles[step])) for row, tiles in enumerate(trails) for step in looked_at]
         return Batch(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
@@ -194,7 +216,11 @@ class Layout:
             record_ids=[str(row) for row in range(count)],
         )
 
-    def says_which_tile(self, batch: Batch) -> Tensor:
-        """[n, length] bool: the positions of the steps' numbers, from which the asked word is written."""
-        numbers: Tensor = torch.isin(batch.input_ids, torch.from_numpy(self._numbers).to(batch.input_ids.device))
-        return numbers & (batch.labels != IGNORED)
+    def writing(self, batch: Batch) -> Tensor:
+        """[n, length] bool: the positions from which the steps' words are written."""
+        return (batch.input_ids == self._step) & (batch.labels != IGNORED)
+
+
+def _box(tile: int) -> tuple[int, int, int, int]:
+    """A name for the target, which nothing is cut out by: features come from whole pictures."""
+    return tile, 0, tile + 1, 1
