@@ -1,7 +1,8 @@
 """The one place that knows transformers' Qwen2.5-VL: making it, loading it, saving it, positions and image features.
 
-In: widths for a model made on the spot, or a local folder or pinned hub revision of a real one. Out: a Hugging Face
-folder with ``<latent>``, ``</latent>`` and ``<|latent_pad|>`` as single tokens, their ids in ``config.valr``.
+In: widths for a model made on the spot, perhaps with an installed language model as its decoder, or a local folder or
+pinned hub revision of a real one. Out: a Hugging Face folder with ``<latent>``, ``</latent>`` and ``<|latent_pad|>`` as
+single tokens, their ids in ``config.valr``.
 Always: weights are safetensors, no code of a checkpoint is run, the embedding table is never shrunk, and M-RoPE
 positions are computed from the whole batch by `rope_positions`, never from state that an earlier call left behind.
 """
@@ -31,6 +32,7 @@ from valr_ops.data.rewriting import (
     prompt_messages,
     response_pieces,
 )
+from valr_ops.model.language_model import LanguageModel, read_language_model
 from valr_ops.model.tower import TowerTraining, pretrain_tower
 from valr_ops.recipe.recipe import BaseModelRecipe, TinyModelRecipe
 from valr_ops.store.artifacts import StageContext, StageReport
@@ -122,9 +124,15 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> Qwen2Tokenize
     )
     trained.train_from_iterator(texts, trainer)
     bpe = json.loads(trained.to_str())["model"]
+    return make_tokenizer(bpe["vocab"], bpe["merges"])
+
+
+def make_tokenizer(vocabulary: Mapping[str, int], merges: Iterable[Iterable[str]]) -> Qwen2Tokenizer:
+    """A Qwen2 tokenizer of byte-level BPE; chat and control tokens that `vocabulary` lacks take the ids behind it."""
+    special = [*CHAT_TOKENS, *CONTROL_STRINGS]
     return Qwen2Tokenizer(
-        vocab=bpe["vocab"],
-        merges=[tuple(merge) for merge in bpe["merges"]],  # type: ignore[misc]
+        vocab=dict(vocabulary),
+        merges=[tuple(merge) for merge in merges],  # type: ignore[misc]
         unk_token="<|endoftext|>",
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
@@ -133,7 +141,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> Qwen2Tokenize
 
 
 def make_processor(tokenizer: Qwen2Tokenizer, base: BaseModelRecipe) -> Qwen2_5_VLProcessor:
-    """The real processor class around a tokenizer trained here, with the recipe's patch size and pixel bounds."""
+    """The real processor class around a tokenizer made here, with the recipe's patch size and pixel bounds."""
     if base.from_scratch is None:
         raise ModelError("make_processor is for base.from_scratch; a real checkpoint brings its own processor")
     patch_size = base.from_scratch.vision_patch_size
@@ -146,12 +154,15 @@ def make_processor(tokenizer: Qwen2Tokenizer, base: BaseModelRecipe) -> Qwen2_5_
     )
 
 
-def tiny_config(widths: TinyModelRecipe, processor: Qwen2_5_VLProcessor) -> Qwen2_5_VLConfig:
+def tiny_config(
+    widths: TinyModelRecipe, processor: Qwen2_5_VLProcessor, language: LanguageModel | None = None
+) -> Qwen2_5_VLConfig:
     """The nested configuration of a from-scratch model, every vision field set.
 
     The last vision block sees the whole image and the others windows of 7 x 7 merged tokens, as in the real tower.
-    The M-RoPE sections keep the real model's proportions (16, 24, 24 of 64 become 2, 7, 7 of 16); the initial standard
-    deviation is .05 because with the usual .02 nothing is learned at this size.
+    Of 16 M-RoPE pairs 2, 7 and 7 are for time, height and width, since with the real model's 16, 24 and 24 of 64 the
+    two would get only slow frequencies; around a language model they have its proportions, 8, 12 and 12. The initial
+    standard deviation is .05 because with the usual .02 nothing is learned at this size.
     """
     tokenizer = processor.tokenizer
     if len(tokenizer) > widths.vocabulary_size:
@@ -165,7 +176,7 @@ def tiny_config(widths: TinyModelRecipe, processor: Qwen2_5_VLProcessor) -> Qwen
             "give heads whose width is a multiple of 4"
         )
     pairs = widths.hidden_size // widths.attention_heads // 2
-    temporal = max(1, pairs // 8)
+    temporal = max(1, pairs // (4 if language else 8))
     temporal += (pairs - temporal) % 2
     special = {token: tokenizer.convert_tokens_to_ids(token) for token in CHAT_TOKENS}
     images = processor.image_processor
@@ -180,7 +191,7 @@ def tiny_config(widths: TinyModelRecipe, processor: Qwen2_5_VLProcessor) -> Qwen
             "num_key_value_heads": widths.key_value_heads,
             "max_position_embeddings": TINY_POSITIONS,
             "initializer_range": 0.05,
-            "rms_norm_eps": 1e-6,
+            "rms_norm_eps": language.rms_norm_eps if language else 1e-6,
             "rope_parameters": {
                 "rope_type": "default",
                 "rope_theta": widths.rope_theta,
@@ -209,25 +220,61 @@ def tiny_config(widths: TinyModelRecipe, processor: Qwen2_5_VLProcessor) -> Qwen
         video_token_id=special["<|video_pad|>"],
         vision_start_token_id=special["<|vision_start|>"],
         vision_end_token_id=special["<|vision_end|>"],
-        tie_word_embeddings=False,
+        tie_word_embeddings=language is not None,
     )
     config.valr = _ids_as_settings(ControlTokens.of(tokenizer))
     return config
 
 
 def tiny_model(
-    widths: TinyModelRecipe, processor: Qwen2_5_VLProcessor, seed: int
+    widths: TinyModelRecipe, processor: Qwen2_5_VLProcessor, seed: int, language: LanguageModel | None = None
 ) -> Qwen2_5_VLForConditionalGeneration:
-    """A from-scratch model of the real class with random float32 weights, the same for the same seed."""
-    config = tiny_config(widths, processor)
+    """A from-scratch model of the real class with random float32 weights, the same for the same seed.
+
+    Args:
+        language: becomes the decoder; only vision tower, merger and the rows of new tokens are random then.
+
+    Raises:
+        ModelError: the widths do not fit the tokenizer, one another or the language model.
+    """
+    if language:
+        _check_widths(widths, language)
+    config = tiny_config(widths, processor, language)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen2_5_VLForConditionalGeneration(config)
+    if language:
+        _take_over(model, language, seed)
     tokenizer = processor.tokenizer
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=False
     )
     return freeze_tower(model.eval())
+
+
+def _check_widths(widths: TinyModelRecipe, language: LanguageModel) -> None:
+    for name, width in language.widths.items():
+        if getattr(widths, name) != width:
+            raise ModelError(
+                f"base.from_scratch.{name}={getattr(widths, name)} but the language model of {language.name} has "
+                f"{width}; set it to that, or base.language_model to null"
+            )
+
+
+def _take_over(model: Qwen2_5_VLForConditionalGeneration, language: LanguageModel, seed: int) -> None:
+    """Put the weights of `language` into the decoder, and rows for new tokens behind its own."""
+    given = dict(language.weights)
+    table = given.pop("embed_tokens.weight")
+    decoder = model.model.language_model
+    left = decoder.load_state_dict(given, strict=False)
+    biases = [f"layers.{block}.self_attn.{part}_proj.bias" for block in range(len(decoder.layers)) for part in "qkv"]
+    if left.unexpected_keys or sorted(left.missing_keys) != sorted(["embed_tokens.weight", *biases]):
+        raise ModelError(f"{language.name}: other weights than a decoder of Qwen2.5-VL without biases has: {left}")
+    with torch.no_grad():
+        for name in biases:
+            decoder.get_parameter(name).zero_()
+        decoder.embed_tokens.weight[: len(table)] = table
+    _set_new_rows(model, len(table), range(len(table), model.config.get_text_config().vocab_size), seed)
 
 
 def freeze_tower(model: Model) -> Model:
@@ -366,8 +413,14 @@ def build_base_model(context: StageContext) -> StageReport:
     tower: TowerTraining | None = None
     if recipe.base.from_scratch:
         widths = recipe.base.from_scratch
-        processor = make_processor(train_tokenizer(_texts(records), widths.vocabulary_size), recipe.base)
-        model = tiny_model(widths, processor, recipe.seed)
+        language = read_language_model(recipe.base.language_model) if recipe.base.language_model else None
+        tokenizer = (
+            make_tokenizer(language.vocabulary, language.merges)
+            if language
+            else train_tokenizer(_texts(records), widths.vocabulary_size)
+        )
+        processor = make_processor(tokenizer, recipe.base)
+        model = tiny_model(widths, processor, recipe.seed, language)
         tower = pretrain_tower(
             model,
             processor,
@@ -427,8 +480,7 @@ def add_control_tokens(
 ) -> list[str]:
     """Put the control tokens that are missing on spare rows of the embedding table, and return them.
 
-    A new row is the mean of the used rows plus noise of a tenth of their standard deviation, in the embedding and, if
-    it is not tied, in the head: equal rows would stay equal at a learning rate of 2e-6. The table only ever grows.
+    The table only ever grows.
     """
     tokenizer = processor.tokenizer
     used = len(tokenizer)
@@ -437,14 +489,22 @@ def add_control_tokens(
     ids = [tokenizer.convert_tokens_to_ids(string) for string in added]
     if len(tokenizer) > _tables(model)[0].shape[0]:
         model.resize_token_embeddings(-(-len(tokenizer) // 128) * 128, mean_resizing=False)
+    _set_new_rows(model, used, ids, seed)
+    return added
+
+
+def _set_new_rows(model: Qwen2_5_VLForConditionalGeneration, used: int, rows: Iterable[int], seed: int) -> None:
+    """Begin with `rows` of the embedding and, if it is not tied, of the head near the mean of the first `used`.
+
+    The noise has a tenth of their standard deviation: equal rows would stay equal at a learning rate of 2e-6.
+    """
     noise = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for table in _tables(model):
             known = table[:used].float()
             mean, deviation = known.mean(dim=0), known.std()
-            for row in ids:
+            for row in rows:
                 table[row] = (mean + 0.1 * deviation * torch.randn(mean.shape, generator=noise)).to(table.dtype)
-    return added
 
 
 def _tables(model: Qwen2_5_VLForConditionalGeneration) -> list[Tensor]:

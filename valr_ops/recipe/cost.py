@@ -187,18 +187,18 @@ def encoder(teacher: TeacherRecipe, model: Shape, views: float) -> Encoder | Non
 def shape(recipe: Recipe) -> Shape | None:
     """The shape of the recipe's base model, or None where only its checkpoint (`base.path`) says what it is."""
     if recipe.base.from_scratch is not None:
-        return _tiny_shape(recipe.base.from_scratch)
+        return _tiny_shape(recipe.base.from_scratch, tied=recipe.base.language_model is not None)
     return _PUBLISHED.get(recipe.base.hub_id or "")
 
 
-def _tiny_shape(widths: TinyModelRecipe) -> Shape:
+def _tiny_shape(widths: TinyModelRecipe, tied: bool) -> Shape:
     return Shape(
         hidden=widths.hidden_size,
         layers=widths.layers,
         key_value_width=widths.key_value_heads * (widths.hidden_size // widths.attention_heads),
         intermediate=widths.intermediate_size,
         vocabulary=widths.vocabulary_size,
-        tied=False,
+        tied=tied,
         vision_hidden=widths.vision_hidden_size,
         vision_layers=widths.vision_layers,
         vision_intermediate=2 * widths.vision_hidden_size,

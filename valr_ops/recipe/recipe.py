@@ -1,6 +1,6 @@
 """The recipe: one frozen, typed value that says everything about a run.
 
-In: a scale (`tiny`, `small`, `paper`) and overrides such as ``{"stage2.learning_rate": 1e-5}``.
+In: a scale (`tiny`, `mini`, `small`, `paper`) and overrides such as ``{"stage2.learning_rate": 1e-5}``.
 Out: a validated `Recipe`; `fingerprint` is equal for equal recipes and differs for different ones.
 Always: every field's docstring says where its value comes from, unknown keys are refused with the nearest known
 name, equal recipes iterate their tables in the same order, and nothing here imports more than pydantic, so that
@@ -197,7 +197,7 @@ class DataRecipe(_Values):
 
 
 class TinyModelRecipe(_Values):
-    """Widths of the from-scratch Qwen2.5-VL of transformers' own classes, for scale tiny."""
+    """Widths of a Qwen2.5-VL of transformers' own classes that is made on the spot, for scales tiny and mini."""
 
     hidden_size: PositiveInt = 128
     """Paper silent; 1 M parameters learn the synthetic task on one CPU core."""
@@ -216,7 +216,8 @@ class TinyModelRecipe(_Values):
     vision_patch_size: PositiveInt = 8
     """Paper silent; with merge 2 one image position covers 16 px, one cell of a synthetic scene."""
     vocabulary_size: PositiveInt = 1024
-    """Paper silent; the tokenizer is trained on the corpus itself."""
+    """Paper silent; rows of the embedding table. The tokenizer is trained on the corpus itself, or the language
+    model's."""
     rope_theta: PositiveFloat = 1000.0
     """Paper silent; 300 updates read .97 of held-out cells with base 1000 and .84 with base 10, which leaves no
     frequency slow enough to look a row up by content at every distance."""
@@ -237,7 +238,10 @@ class BaseModelRecipe(_Values):
     revision: str | None = None
     """Paper silent; the full commit of the hub repository, so that the weights can't change under a run."""
     from_scratch: TinyModelRecipe | None = None
-    """Paper silent; widths for a model made on the spot, only for scale tiny."""
+    """Paper silent; widths for a model made on the spot, for scales tiny and mini."""
+    language_model: str | None = None
+    """Paper silent; an installed Python package (`make mini`) whose language model becomes the decoder of what
+    from_scratch makes, vocabulary included; the widths there have to be its own. null begins with random weights."""
     min_pixels: PositiveInt = 256
     """Paper silent; the processor's lower bound on the pixels of an image."""
     max_pixels: PositiveInt = 1_003_520
@@ -251,6 +255,11 @@ class BaseModelRecipe(_Values):
             raise ValueError(
                 f"exactly one of path, hub_id and from_scratch must be set, not {' and '.join(given) or 'none'}; "
                 "give one and set the others to null"
+            )
+        if self.language_model is not None and self.from_scratch is None:
+            raise ValueError(
+                f"language_model={self.language_model} is for a model made on the spot; set from_scratch to its widths "
+                "and the others to null, or set language_model to null"
             )
         _check_pinned(self.hub_id, self.revision, "path to a local folder")
         return self
@@ -338,7 +347,7 @@ class TeacherRecipe(_Values):
     """Paper silent; an installed Python package that carries the weights instead (see the extra
     teachers-cpu)."""
     pretraining_steps: int = Field(default=0, ge=0)
-    """Paper silent; steps on drawn scenes for a teacher without weights, only for scale tiny."""
+    """Paper silent; steps on drawn scenes for a teacher without weights, for scales tiny and mini."""
     layer: int | None = None
     """Paper silent; we choose the last layer after the final norm (null). A number takes the output of that block
     (timm, zero-based, negative from the end), unnormalised; of a convolutional network, of that stage."""
@@ -738,8 +747,8 @@ class Variant(_Values):
 class Recipe(_Values):
     """Everything about a run."""
 
-    scale: Literal["tiny", "small", "paper"]
-    """Paper: 7B on 4 A100 is scale paper; tiny runs on two CPU cores, small on one GPU."""
+    scale: Literal["tiny", "mini", "small", "paper"]
+    """Paper: 7B on 4 A100 is scale paper; tiny and mini run on two CPU cores, small on one GPU."""
     seed: int = Field(default=0, ge=0)
     """Paper silent; one seed for weights, order and sampling."""
     data: DataRecipe

@@ -149,7 +149,8 @@ def _sections(facts: Facts) -> Iterator[str]:
 def _what_it_is(facts: Facts) -> str:
     base = facts.data["base_model"]
     size = f" of {base['parameters']:,} parameters" if base["parameters"] else ""
-    made = f"made from scratch at scale {facts.recipe.scale}" if facts.recipe.base.from_scratch else base["origin"]
+    plain = facts.recipe.base.from_scratch and not facts.recipe.base.language_model
+    made = f"made from scratch at scale {facts.recipe.scale}" if plain else base["origin"]
     trained = "trained to reason in steps before it answers" if facts.trained else "not trained any further"
     sentences = [f"A vision-language model: Qwen2.5-VL{size} ({made}), {trained}."]
     if facts.slots:

@@ -66,7 +66,8 @@ def _licenses(counted: Mapping[str, int] | None) -> dict[str, int] | str:
 def _base(recipe: Recipe, version: tree.Version | None) -> dict[str, Any]:
     base = recipe.base
     if base.from_scratch:
-        origin, terms = "made from scratch by this project, with random weights", "Apache-2.0"
+        begun = f"around the language model in the package {base.language_model}" if base.language_model else ""
+        origin, terms = f"made from scratch by this project, {begun or 'with random weights'}", "Apache-2.0"
     else:
         origin = f"{base.hub_id}@{base.revision}" if base.hub_id else "a checkpoint that the user gave"
         # The recipe states the licence of a checkpoint where it also teaches by its vision tower.
