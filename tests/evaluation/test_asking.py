@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import PIL.Image
 import pytest
 
 from tests import tiny
 from tests.data.endpoint import Says, completion, error, saying, serving
-from tests.evaluation.scenes import answerer, said
+from tests.evaluation.scenes import answerer, context, said
 from valr_ops.__main__ import main
 from valr_ops.data.records import BadRecord
 from valr_ops.evaluation import asking
@@ -22,9 +23,9 @@ from valr_ops.evaluation.drawn import Drawing, write_benchmark
 from valr_ops.evaluation.judge import open_judge
 from valr_ops.evaluation.models import Answerer, AnswererError, Prompt, Said, open_answerer
 from valr_ops.evaluation.questions import Showing, open_benchmark
-from valr_ops.evaluation.run import PredictionsError, UnansweredError
+from valr_ops.evaluation.run import PredictionsError, UnansweredError, open_benchmarks
 from valr_ops.model.qwen import save_model
-from valr_ops.recipe.recipe import Recipe, SyntheticRecipe
+from valr_ops.recipe.recipe import Recipe, SyntheticRecipe, override
 from valr_ops.store.progress import Progress
 
 SIZES = SyntheticRecipe()
@@ -79,6 +80,31 @@ def test_a_model_is_asked_once_and_scored_by_as_many_profiles_as_wanted(vsi: Pat
     rows = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
     assert {row["isolation_rule"] for row in rows} == {"phrase"}
     assert all(row["output"].startswith("<think>2 frames") for row in rows)
+
+
+def test_test_records_of_a_source_are_asked_and_scored_as_in_the_graph(tmp_path: Path) -> None:
+    records, run = tmp_path / "records", tmp_path / "run"
+    records.mkdir()
+    for split, colours in (("test", ("red", "blue", "red")), ("train", ("blue",))):
+        lines = []
+        for number, colour in enumerate(colours):
+            PIL.Image.new("RGB", (16, 16), colour).save(records / f"{split}{number}.png")
+            record = {"id": number, "images": [f"{split}{number}.png"], "question": "Is it red?"}
+            lines.append(json.dumps(record | {"steps": [{"text": "I look."}], "answer": str(colour == "red").lower()}))
+        (records / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    always = replace(answerer(lambda prompts: [said("Answer: True") for _ in prompts]), name="always")
+    asked = [Asked.parse(f"mine:records={records}", limit=None, whole=True)]
+    assert ask_run(always, asked, run, recipe(), tmp_path, Progress())["items"] == 3
+    scores, _ = score_run(run, recipe(), tmp_path)
+    in_graph = context("scores", tmp_path, {"sources": tmp_path})
+    sources = {"mine": {"format": "jsonl", "path": str(records)}}
+    in_graph = replace(in_graph, recipe=override(in_graph.recipe, {"data.sources": sources}))
+    (benchmark,) = open_benchmarks(in_graph)
+    entry = scores["benchmarks"]["mine"]
+    assert (entry["n"], entry["accuracy"], entry["revision"]) == (3, 0.666667, benchmark.revision)
+    (records / "test.jsonl").unlink()
+    with pytest.raises(BenchmarkError, match=r"there is no test\.jsonl"):
+        asked[0].open(recipe(), tmp_path)
 
 
 def test_frames_are_decoded_once_for_all_models(vsi: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

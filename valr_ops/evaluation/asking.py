@@ -16,8 +16,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from valr_ops.data.sources import located, read
 from valr_ops.evaluation.models import Answerer, AnswererError, Budget, open_answerer, open_endpoint_model
-from valr_ops.evaluation.questions import Benchmark, Showing, open_benchmark
+from valr_ops.evaluation.questions import Benchmark, Showing, benchmark_of_records, open_benchmark
 from valr_ops.evaluation.run import (
     PredictionsError,
     answers_so_far,
@@ -28,12 +29,14 @@ from valr_ops.evaluation.run import (
     write_scores,
 )
 from valr_ops.evaluation.scoring import Judge
-from valr_ops.recipe.recipe import Recipe
+from valr_ops.recipe.recipe import Recipe, SourceRecipe
 from valr_ops.store.artifacts import model_folder
 from valr_ops.store.progress import Progress
 
 RUN = "run.json"
 ANSWERS = "answers.jsonl"
+RECORDS = "records"
+"""Says that a folder holds records in the project's own format; its test records are asked, as the stages do."""
 _HUB = "hub:"
 _PACKAGES = ("torch", "transformers", "numpy", "pillow", "av")
 
@@ -52,7 +55,11 @@ class Asked:
 
     @classmethod
     def parse(cls, text: str, limit: int | None, whole: bool) -> Asked:
-        """``vsi_bench=FOLDER``, or ``mine:jsonl=FOLDER`` for another name than the format's. Raises `AnswererError`."""
+        """``vsi_bench=FOLDER``, or ``mine:jsonl=FOLDER`` for another name than the format's (``mine:records=FOLDER``).
+
+        Raises:
+            AnswererError: it is written in another way.
+        """
         name, equals, folder = text.partition("=")
         name, _, format = name.partition(":")
         if not (equals and name and folder):
@@ -60,8 +67,17 @@ class Asked:
         return cls(name, format or name, str(Path(folder).resolve()), None, limit, whole)
 
     def open(self, recipe: Recipe, cache: Path) -> Benchmark:
-        """Read its items. Raises `BenchmarkError`."""
+        """Read its items.
+
+        Raises:
+            BenchmarkError: a benchmark that is not whole, or has nothing to ask.
+            SourceError: no records there.
+        """
         showing = Showing.of_recipe(recipe, cache)
+        if self.format == RECORDS:
+            reading = located(self.name, self.folder, recipe.data, SourceRecipe(format="jsonl"))
+            records = (one.item for one in read(reading, splits=("test",)))
+            return benchmark_of_records(self.name, records, showing, self.limit, profile=self.profile)
         return open_benchmark(
             self.name, Path(self.folder), showing, self.format, self.profile, self.limit, whole=self.whole
         )

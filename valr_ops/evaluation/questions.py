@@ -217,14 +217,23 @@ def benchmark_of_recipe(
 
 
 def benchmark_of_records(
-    name: str, records: Iterable[Record | Rejection], showing: Showing, limit: int | None = None, drawn: bool = False
+    name: str,
+    records: Iterable[Record | Rejection],
+    showing: Showing,
+    limit: int | None = None,
+    drawn: bool = False,
+    profile: str | None = None,
 ) -> Benchmark:
-    """The test records of a jsonl source as a benchmark. Raises `BenchmarkError` if not one can be asked."""
+    """The test records of a jsonl source as a benchmark.
+
+    Raises:
+        BenchmarkError: not one can be asked, or there is no such profile.
+    """
     items, rejections = jsonl.from_records(name, records)
     shown = [[image.digest for image in item.images if isinstance(image, Image)] for item in items]
     revision = digest([[one.id, one.question, one.gold, digests] for one, digests in zip(items, shown, strict=True)])
     return Benchmark(
-        name, "jsonl", profile_of(rules_of("jsonl"), name, None), revision, items[:limit], rejections, showing, drawn
+        name, "jsonl", profile_of(rules_of("jsonl"), name, profile), revision, items[:limit], rejections, showing, drawn
     )
 
 
