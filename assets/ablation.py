@@ -2,7 +2,7 @@
 
 Materialize one cell, several, or all of them as a backfill: each is a run of its own, so that one that fails stops no
 other, and the pool of the GPU, or the cluster's queue, keeps them apart. The cells are those that the recipe has at its
-scale: all of them at small and paper, two at tiny. Each artifact is in a folder of its own below
+scale: all of the paper's at small and paper, two at tiny, three at mini. Each artifact is in a folder of its own below
 ``artifacts/stage2_ablation``. The asset shows what each cell costs; every run says it of its cell and of all cells that
 were chosen with it.
 """

@@ -43,7 +43,7 @@ def project_recipe() -> Recipe | None:
 
 RECIPE = project_recipe()
 
-_ON_A_LAPTOP = RECIPE is None or RECIPE.scale == "tiny"
+_ON_A_LAPTOP = RECIPE is None or RECIPE.scale in ("tiny", "mini")
 """Everything runs on the CPU, and a person waits for the answer."""
 
 IN_CLUSTER = RECIPE is not None and RECIPE.cluster.dispatch == "kubernetes"

@@ -23,7 +23,7 @@ from valr_ops.recipe.recipe import ReleaseRecipe
 from valr_ops.store.artifacts import project_root
 
 _RULE = RECIPE.release if RECIPE else ReleaseRecipe()
-_WAITS_SECONDS = WAITS_SECONDS if RECIPE and RECIPE.scale != "tiny" else ()
+_WAITS_SECONDS = WAITS_SECONDS if RECIPE and RECIPE.scale not in ("tiny", "mini") else ()
 
 
 @dg.asset(

@@ -109,7 +109,7 @@ def test_ordinary_words_of_this_system_stay_as_they_are() -> None:
         assert redacted(line) == line
 
 
-@pytest.mark.parametrize("scale", ["tiny", "small", "paper"])
+@pytest.mark.parametrize("scale", ["tiny", "mini", "small", "paper"])
 def test_no_recipe_of_ours_looks_like_a_secret(scale: str) -> None:
     assert list(secret_fields(recipes.scale(scale).model_dump(mode="json"))) == []
 

@@ -127,7 +127,8 @@ def _add_pipeline(verb: _Add) -> None:
     stages.add_argument("--write", action="store_true", help="write dvc.yaml from the table of stages")
 
     plan = _with_set(verb("plan", _plan, "show the recipe: every field, its value and where it comes from"))
-    plan.add_argument("--scale", choices=["tiny", "small", "paper"], help="another scale than the one in params.yaml")
+    scales = ["tiny", "mini", "small", "paper"]
+    plan.add_argument("--scale", choices=scales, help="another scale than the one in params.yaml")
     plan.add_argument("--assumptions", action="store_true", help="only the choices on which the paper is silent")
     plan.add_argument(
         "--stage", metavar="STAGE", help="instead: what a stage costs, before it runs; stage2_ablation sums its cells"
@@ -214,7 +215,8 @@ def _add_scoring(verb: _Add) -> None:
         action="append",
         required=True,
         metavar="NAME=FOLDER",
-        help="the public files of a benchmark, or NAME:jsonl=FOLDER for your own; may be given again",
+        help="public files of a benchmark, NAME:jsonl=FOLDER for your own, NAME:records=FOLDER for the test records "
+        "of a source; may be given again",
     )
     ask.add_argument("--limit", type=int, metavar="N", help="the first N questions of each benchmark only")
     ask.add_argument("--partial", action="store_true", help="take a data set that has not all of its rows")

@@ -46,7 +46,7 @@ class Stage:
     kinds: tuple[str, ...] = ()
     """Dagster kinds: up to three words shown on the asset."""
     resources: Literal["cpu", "gpu"] = "cpu"
-    """What the stage wants at scales small and paper; at scale tiny everything runs on the CPU."""
+    """What the stage wants at scales small and paper; at scales tiny and mini everything runs on the CPU."""
     variant: str | None = None
     """Name in ``recipe.variants`` that the stage trains or scores."""
     cell: str | None = None
@@ -388,19 +388,20 @@ ABLATION = "stage2_ablation"
 
 @functools.cache
 def ablation_cells() -> Mapping[str, Stage]:
-    """The trained models of the paper's tables that are no stage of their own, by cell.
+    """The trained models of the paper's tables that are no stage of their own, by cell, and scale mini's own model.
 
     Paper: tables 3 to 6, 9, 11, 12 and figure 3. A cell that only takes fewer records into stage 1 has no stage 2.
     """
     # The recipe's types take 0.2 s to import, and most verbs need no cell.
     from valr_ops.recipe import recipes
 
-    paper = recipes.paper()
+    paper, mini = recipes.paper(), recipes.mini()
     rows = {}
-    for cell, variant in paper.variants.items():
+    for cell, variant in (mini.variants | paper.variants).items():
         if f"stage2_{cell}" in _BY_NAME:
             continue
-        row = _stage2(cell, cell, paper.for_variant(cell).alignment.teachers)
+        scale = paper if cell in paper.variants else mini
+        row = _stage2(cell, cell, scale.for_variant(cell).alignment.teachers)
         if variant.stage1_records is not None:
             sft = _BY_NAME["stage1_sft"]
             row = replace(sft, summary=f"{cell}: {sft.summary}", parameters=(*sft.parameters, f"variants.{cell}"))

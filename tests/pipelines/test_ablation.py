@@ -30,15 +30,15 @@ SFT_CELL = "figure3_vanilla_sft_10k"
 
 def test_every_trained_model_of_the_paper_is_a_stage_or_a_cell_and_none_is_both() -> None:
     own = {row.variant for row in STAGES if row.variant}
-    assert set(ablation_cells()) | {"valr_s", "valr_m"} == set(recipes.paper().variants)
+    assert set(ablation_cells()) | {"valr_s", "valr_m"} == {*recipes.paper().variants, *recipes.mini().variants}
     assert not own & set(ablation_cells())
 
 
 def test_a_cell_reads_the_features_that_it_is_aligned_to_and_no_others() -> None:
-    paper = recipes.paper()
     for cell, row in ablation_cells().items():
+        scale = recipes.paper() if cell in recipes.paper().variants else recipes.mini()
         features = {name.removeprefix("teacher_features_") for name in row.inputs if name.startswith("teacher_")}
-        teachers = set(paper.for_variant(cell).alignment.teachers)
+        teachers = set(scale.for_variant(cell).alignment.teachers)
         assert features == (set() if "sft" in cell else teachers), cell
         assert f"variants.{cell}" in row.parameters and row.variant == cell
     assert stage(f"stage2_ablation@{SFT_CELL}").function.endswith("build_stage1")

