@@ -378,6 +378,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     _method_study("gradient_check", "What the gradient through the fed-back states is worth, from none to all of it."),
     _method_study("encoder_check", "Teachers of different knowledge, alone and together."),
+    _method_study("chain_check", "Chains of growing length: right steps and attention on the picture, step by step."),
 )
 
 _BY_NAME = {stage.name: stage for stage in STAGES}

@@ -43,9 +43,15 @@ def context(folder: Path, of: Recipe, stage: str = "method_check") -> StageConte
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[StageContext, StageReport]:
-    """The quick form, with everything as small as can be."""
-    here = context(tmp_path_factory.mktemp("study"), recipe(**{"study.quick": True}))
-    return here, method.build_method_check(here)
+    """Three arms, with everything as small as can be."""
+    here = context(tmp_path_factory.mktemp("study"), recipe(**{"study.learning_rates": [1e-3]}))
+    return here, build_three_arms(here)
+
+
+def build_three_arms(here: StageContext) -> StageReport:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(method, "METHOD", ("sft", "latents", "aligned"))
+        return method.build_method_check(here)
 
 
 def test_every_arm_begins_with_the_same_weights_and_every_seed_is_reported(
@@ -61,7 +67,9 @@ def test_every_arm_begins_with_the_same_weights_and_every_seed_is_reported(
         right = [row["accuracy"] for row in rows if row["arm"] == arm and row["update"] == 2]
         assert report.summary[f"right_{arm}"] == pytest.approx(np.mean(right))
         assert ", ".join(f"{share:.3f}" for share in right) in text
-    assert len(list(here.work.glob("*/stage1-*.safetensors"))) == 2, "stage 1 is shared by the arms of a seed"
+    assert len(list(here.work.glob("*/stage1-*.safetensors"))) == 3, "stage 1 is shared by the arms of a seed"
+    searched = pq.read_table(here.out / "search_3_steps.parquet").to_pylist()
+    assert {(row["arm"], row["seed"]) for row in searched} == {(arm, 0) for arm in ("sft", "latents", "aligned")}
     for name in ("curves.png", "inside.png", "curves.svg", "readings.parquet"):
         assert (here.out / name).stat().st_size > 1000
 
@@ -73,16 +81,45 @@ def test_what_is_finished_is_not_trained_again_and_gives_the_same_bytes(
     again = replace(here, out=tmp_path / "out", progress=Told())
     again.out.mkdir()
     started = time.process_time()
-    method.build_method_check(again)
+    build_three_arms(again)
     assert again.progress.lines == []
     assert directory_digest(again.out) == directory_digest(here.out), time.process_time() - started
+
+
+def test_the_quick_form_has_one_seed_and_claims_nothing(made: tuple[StageContext, StageReport], tmp_path: Path) -> None:
+    here, _ = made
+    quick = replace(here, out=tmp_path / "out", recipe=recipe(**{"study.quick": True}))
+    quick.out.mkdir()
+    report = method.build_method_check(quick)
+    rows = pq.read_table(quick.out / "curves.parquet").to_pylist()
+    assert {(row["arm"], row["seed"]) for row in rows} == {("sft", 1), ("aligned", 1)}
+    text = (quick.out / "result.md").read_text()
+    assert "of one seed, which alone shows nothing" in text and "nan" not in text
+    assert not any(key.endswith("_low") for key in report.summary)
+
+
+def test_chains_of_each_length_are_trained_and_told_step_by_step(tmp_path: Path) -> None:
+    lengths = {"study.chain_steps": [1, 2], "study.learning_rates": [1e-3], "study.updates": 1}
+    here = context(tmp_path, recipe(**lengths), "chain_check")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(method, "CHAINS", ("sft", "aligned"))
+        report = method.build_chain_check(here)
+    rows = pq.read_table(here.out / "readings.parquet").to_pylist()
+    for length in (1, 2):
+        told = [row for row in rows if row["steps"] == length and row["reading"] == "image_attention"]
+        assert len(told) == 2 * 2 * length and all(0 < row["value"] < 1 for row in told)
+        right = [row["value"] for row in rows if row["steps"] == length and row["reading"] == "right"]
+        assert len(right) == 2 * 2 * length
+        assert f"right_aligned_{length}_steps" in report.summary
+    assert "## From step to step, chains of 2" in (here.out / "result.md").read_text()
+    assert (here.out / "chains.png").stat().st_size > 1000
 
 
 def test_a_course_is_the_same_whatever_is_trained_beside_it(
     made: tuple[StageContext, StageReport], tmp_path: Path
 ) -> None:
     here, _ = made
-    course = Course("aligned", 2, here.recipe.study.stage1_learning_rate)
+    course = Course("aligned", 2, 1e-3)
     (alone,) = courses.take(here.recipe, [course], tmp_path, Progress(), "alone").values()
     (beside,) = courses.take(here.recipe, [course], here.work, Progress(), "beside").values()
     assert replace(alone, seconds=0.0) == replace(beside, seconds=0.0)
@@ -185,6 +222,7 @@ def test_seeds_are_paired() -> None:
     [
         ({"study.seeds": [1]}, r"study: seeds=\[1\]: an interval needs at least two"),
         ({"study.seeds": [0, 1]}, "search_seed=0 is among seeds"),
+        ({"study.chain_steps": [2, 5]}, "has 4 tiles, and none is visited twice, so 5 are too many"),
         ({"study.block": 3}, r"block=3 but study.model has blocks 0..2"),
     ],
 )

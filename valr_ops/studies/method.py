@@ -1,9 +1,10 @@
-"""Three studies of the method on drawn tiles, each a stage: `method_check`, `gradient_check` and `encoder_check`.
+"""Four studies of the method on drawn tiles, each a stage.
 
     method_check     latents with and without alignment against everything that could explain a gain away; whether the
                      model needs what its latents hold; where they hold it; what happens from step to step
     gradient_check   the gradient through the fed-back states: cut, chains of 1, 2 and 4, full
     encoder_check    teachers of different knowledge, alone and together
+    chain_check      chains of growing length: what is right, and how much of the attention is on the picture, by step
 
 In: the recipe's `study` section. Out: rows as parquet, plots, and `result.md`, the tables and what follows from them.
 Always: every arm is tried at the same learning rates with the search seed, and trained with every seed at the one that
@@ -12,22 +13,32 @@ was best; no seed is left out; equal inputs give equal bytes, and seconds stand 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from matplotlib.figure import Figure
 
 from valr_ops.evaluation.findings import save_figure
+from valr_ops.recipe.recipe import override
 from valr_ops.store.artifacts import StageContext, StageReport
 from valr_ops.studies.arms import ARMS
 from valr_ops.studies.courses import Course, Taken, take
-from valr_ops.studies.telling import Findings, draw_curves, draw_inside, tables
+from valr_ops.studies.telling import Findings, chain_tables, draw_chains, draw_curves, draw_inside, tables
 
 METHOD = ("sft", "markers", "latents", "aligned", "untrained", "another", "pads", "sft_image", "sft_step")
 GRADIENT = ("cut", "hops_1", "hops_2", "hops_4", "full")
 ENCODERS = ("colour", "form", "colour_form", "three", "aligned")
-_QUICK = {"method_check": ("sft", "latents", "aligned"), "gradient_check": ("cut", "full")}
-_QUICK_SEEDS = 2
+CHAINS = ("sft", "latents", "aligned")
+_QUICK = {
+    "method_check": ("sft", "aligned"),
+    "gradient_check": ("cut", "full"),
+    "encoder_check": ("colour", "colour_form"),
+    "chain_check": ("sft", "aligned"),
+}
+_QUICK_UPDATES = 300
 
 
 def build_method_check(context: StageContext) -> StageReport:
@@ -45,33 +56,73 @@ def build_encoder_check(context: StageContext) -> StageReport:
     return _build(context, ENCODERS, against=("colour", "aligned"))
 
 
+def build_chain_check(context: StageContext) -> StageReport:
+    """Stage `chain_check`."""
+    study, found = context.recipe.study, {}
+    for steps in study.chain_steps:
+        of_length = replace(context, recipe=override(context.recipe, {"study.steps": steps}))
+        found[steps] = _take(of_length, CHAINS, ("sft", "latents"))
+    written = chain_tables(found)
+    rows = [{"steps": steps, **row} for steps, one in found.items() for row in _curves(one.taken)]
+    readings = [{"steps": steps, **row} for steps, one in found.items() for row in _readings(one.taken)]
+    summary, seconds = {}, {}
+    for steps, one in found.items():
+        summary |= {f"{key}_{steps}_steps": value for key, value in _summary(one).items()}
+        seconds |= {f"cpu_seconds_{arm}_{steps}_steps": one.seconds(arm) for arm in one.taken}
+    return _report(context, written, {"chains": draw_chains(found)}, rows, readings, summary, seconds)
+
+
 def _build(context: StageContext, arms: Sequence[str], *, against: Sequence[str]) -> StageReport:
-    recipe = context.recipe
-    if recipe.study.quick:
-        arms = _QUICK.get(context.stage, arms)
-    searched = _search(context, arms)
+    found = _take(context, arms, against)
+    plots = {"curves": draw_curves(found), "inside": draw_inside(found)}
+    seconds = {f"cpu_seconds_{arm}": found.seconds(arm) for arm in found.taken}
+    rows, readings = _curves(found.taken), _readings(found.taken)
+    return _report(context, tables(found), plots, rows, readings, _summary(found), seconds)
+
+
+def _take(context: StageContext, arms: Sequence[str], against: Sequence[str]) -> Findings:
+    """The courses of `arms`, or of those of the quick form."""
+    if context.recipe.study.quick:
+        arms = _QUICK[context.stage]
+        quick = override(context.recipe, {"study.updates": min(_QUICK_UPDATES, context.recipe.study.updates)})
+        context = replace(context, recipe=quick)
+    study = context.recipe.study
+    best = _search(context, arms)
+    seeds = study.seeds[:1] if study.quick else study.seeds
+    courses = [Course(arm, seed, best[arm].learning_rate) for arm in arms for seed in seeds]
     taken: dict[str, list[Taken]] = {}
-    seeds = recipe.study.seeds[:_QUICK_SEEDS] if recipe.study.quick else recipe.study.seeds
-    rates = {arm: best.learning_rate for arm, best in searched.items()}
-    courses = [Course(arm, seed, rates[arm]) for arm in arms for seed in seeds]
-    for course, one in take(recipe, courses, context.work, context.progress, "courses").items():
+    for course, one in take(context.recipe, courses, context.work, context.progress, "courses").items():
         taken.setdefault(course.arm, []).append(one)
-    found = Findings(taken, recipe.study, recipe.evaluation.confidence, tuple(against))
-    written = tables(found)
+    return Findings(taken, study, context.recipe.evaluation.confidence, tuple(arm for arm in against if arm in arms))
+
+
+def _report(
+    context: StageContext,
+    written: Mapping[str, str],
+    plots: Mapping[str, Figure],
+    curves: Sequence[Mapping[str, object]],
+    readings: Sequence[Mapping[str, object]],
+    summary: Mapping[str, int | float | str],
+    seconds: Mapping[str, float],
+) -> StageReport:
     text = "\n\n".join([f"# {context.stage}", *(f"## {title}\n\n{table}" for title, table in written.items())])
     (context.out / "result.md").write_text(text + "\n", encoding="utf-8")
-    plots = {"curves": draw_curves(found), "inside": draw_inside(found)}
     for name, figure in plots.items():
         save_figure(figure, context.out, name)
-    _write_rows(context, "curves", _curves(taken))
-    _write_rows(context, "readings", _readings(taken))
-    summary: dict[str, int | float | str] = {"seeds": len(seeds)}
-    for arm in arms:
-        right = found.right(arm)
-        summary |= {f"right_{arm}": right.value, f"right_{arm}_low": right.low, f"right_{arm}_high": right.high}
-        summary[f"learning_rate_{arm}"] = rates[arm]
-    seconds = {f"cpu_seconds_{arm}": found.seconds(arm) for arm in arms}
+    _write_rows(context, "curves", curves)
+    _write_rows(context, "readings", readings)
     return StageReport(summary=summary, tables=written, plots=tuple(f"{name}.png" for name in plots), timings=seconds)
+
+
+def _summary(found: Findings) -> dict[str, int | float | str]:
+    summary: dict[str, int | float | str] = {}
+    for arm, courses in found.taken.items():
+        right = found.right(arm)
+        summary |= {"seeds": len(courses), f"right_{arm}": right.value}
+        if not math.isnan(right.low):
+            summary |= {f"right_{arm}_low": right.low, f"right_{arm}_high": right.high}
+        summary[f"learning_rate_{arm}"] = courses[0].course.learning_rate
+    return summary
 
 
 def _search(context: StageContext, arms: Sequence[str]) -> Mapping[str, Course]:
@@ -81,7 +132,8 @@ def _search(context: StageContext, arms: Sequence[str]) -> Mapping[str, Course]:
         return {arm: Course(arm, study.search_seed, study.stage1_learning_rate) for arm in arms}
     courses = [Course(arm, study.search_seed, rate) for arm in arms for rate in sorted(study.learning_rates)]
     found = take(context.recipe, courses, context.work, context.progress, "learning rates")
-    _write_rows(context, "search", _curves({arm: [found[one] for one in courses if one.arm == arm] for arm in arms}))
+    searched = _curves({arm: [found[one] for one in courses if one.arm == arm] for arm in arms})
+    _write_rows(context, f"search_{study.steps}_steps", searched)
     return {
         arm: max((one for one in courses if one.arm == arm), key=lambda one: found[one].curve[-1]["accuracy"])
         for arm in arms

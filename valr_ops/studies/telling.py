@@ -7,10 +7,12 @@ first weights), and every seed stands in the table; a claim is called shown only
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -42,16 +44,16 @@ class Findings:
 
     def right(self, arm: str) -> Interval:
         """Share of the steps that are right after `study.updates` updates."""
-        return t_interval(self._right(arm), self.confidence)
+        return self.mean(self.shares(arm))
 
     def chains(self, arm: str) -> Interval:
         """Share of the chains of which every step is right."""
         rows = [next(row for row in one.curve if row["update"] >= self.study.updates) for one in self.taken[arm]]
-        return t_interval([row["chains"] for row in rows], self.confidence)
+        return self.mean([row["chains"] for row in rows])
 
     def minus(self, arm: str, other: str) -> Interval:
         """Of the shares of right steps, at equal updates, paired by seed."""
-        return t_interval(np.subtract(self._right(arm), self._right(other)), self.confidence)
+        return self.mean(np.subtract(self.shares(arm), self.shares(other)))
 
     def minus_at_equal_compute(self, arm: str, other: str) -> Interval | None:
         """As `minus`, where `other` was trained until it had cost as much; None where it was not trained so long."""
@@ -59,7 +61,13 @@ class Findings:
         if update > self.taken[other][0].curve[-1]["update"]:
             return None
         long = [one.accuracy(round(update)) for one in self.taken[other]]
-        return t_interval(np.subtract(self._right(arm), long), self.confidence)
+        return self.mean(np.subtract(self.shares(arm), long))
+
+    def mean(self, by_seed: Sequence[float] | npt.NDArray[np.float64]) -> Interval:
+        """Over seeds; of one seed alone without ends."""
+        if len(by_seed) == 1:
+            return Interval(float(by_seed[0]), math.nan, math.nan, self.confidence, "one run, which has no interval")
+        return t_interval(by_seed, self.confidence)
 
     def flops(self, arm: str) -> float:
         """Of one update, over that of the cheapest arm."""
@@ -77,7 +85,8 @@ class Findings:
         """The arms whose models have such a reading."""
         return [arm for arm, courses in self.taken.items() if reading in courses[0].readings]
 
-    def _right(self, arm: str) -> list[float]:
+    def shares(self, arm: str) -> list[float]:
+        """Of the steps that are right after `study.updates` updates, by seed."""
         return [one.accuracy(self.study.updates) for one in self.taken[arm]]
 
 
@@ -117,6 +126,8 @@ def _seeds(found: Findings) -> str:
 
 
 def _verdict(difference: Interval) -> str:
+    if math.isnan(difference.low):
+        return "of one seed, which alone shows nothing"
     if difference.low > 0:
         return "better"
     return "worse" if difference.high < 0 else "no difference shown"
@@ -128,7 +139,7 @@ def _arms(found: Findings) -> str:
     head += [f"minus {found.against[0]} at equal compute", "FLOPs of an update"]
     rows = []
     for arm, courses in found.taken.items():
-        seeds = ", ".join(f"{one.accuracy(found.study.updates):.3f}" for one in courses)
+        seeds = ", ".join(f"{share:.3f}" for share in found.shares(arm))
         row = [arm, ARMS[arm].summary, f"{courses[0].course.learning_rate:g}", _share(found.right(arm)), seeds]
         row.append(_share(found.chains(arm)))
         row += ["" if arm == other else _difference(found.minus(arm, other)) for other in found.against]
@@ -144,7 +155,7 @@ def _conditions(found: Findings) -> str:
         row = [f"{condition}: {fed}"]
         for arm in arms:
             now = found.reading(arm, "conditions", condition)
-            loss = t_interval(np.subtract(now, found.reading(arm, "conditions", "normal")), found.confidence)
+            loss = found.mean(np.subtract(now, found.reading(arm, "conditions", "normal")))
             row.append(percent(float(np.mean(now))) + ("" if condition == "normal" else f"; {_difference(loss)}"))
         rows.append(row)
     return _table(["slots are fed", *arms], rows)
@@ -155,10 +166,7 @@ def _segments(found: Findings) -> str:
     counts = list(found.taken[arms[0]][0].readings["segments"])
     return _table(
         ["segments before a step", *arms],
-        [
-            [count, *(_share(t_interval(found.reading(arm, "segments", count), found.confidence)) for arm in arms)]
-            for count in counts
-        ],
+        [[count, *(_share(found.mean(found.reading(arm, "segments", count))) for arm in arms)] for count in counts],
     )
 
 
@@ -183,16 +191,37 @@ def _steps(found: Findings) -> str:
     return _table(["arm", "", *(f"step {step + 1}" for step in steps)], rows)
 
 
+def chain_tables(by_length: Mapping[int, Findings]) -> dict[str, str]:
+    """What becomes of every arm as chains grow: markdown by title."""
+    first = next(iter(by_length.values()))
+    head = ["steps", "arm", "steps right", "by seed", "chains right", *(f"minus {other}" for other in first.against)]
+    rows = []
+    for length, found in by_length.items():
+        for arm in found.taken:
+            seeds = ", ".join(f"{share:.3f}" for share in found.shares(arm))
+            row = [str(length), arm, _share(found.right(arm)), seeds, _share(found.chains(arm))]
+            row += ["" if arm == other else _difference(found.minus(arm, other)) for other in found.against]
+            rows.append(row)
+    written = {"Chains of growing length": _table(head, rows)}
+    for length, found in by_length.items():
+        written[f"From step to step, chains of {length}"] = _steps(found)
+    return written
+
+
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _share(found: Interval) -> str:
+    if math.isnan(found.low):
+        return percent(found.value)
     return f"{percent(found.value)} ({100 * max(found.low, 0):.1f} to {100 * min(found.high, 1):.1f})"
 
 
 def _difference(found: Interval) -> str:
+    if math.isnan(found.low):
+        return points(found.value)
     return f"{points(found.value)} ({points(found.low)} to {points(found.high)})"
 
 
@@ -249,6 +278,28 @@ def draw_inside(found: Findings) -> Figure:
     for panel in (probes, attention):
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     attention.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure
+
+
+def draw_chains(by_length: Mapping[int, Findings]) -> Figure:
+    """A column of panels for each length: right steps above, attention on the picture below, by step."""
+    figure = Figure(figsize=(2 + 3 * len(by_length), 5.6), layout="constrained")
+    panels = figure.subplots(2, len(by_length), sharey="row", squeeze=False)
+    for column, (length, found) in enumerate(by_length.items()):
+        for number, arm in enumerate(found.taken):
+            for row, reading in enumerate(("right", "image_attention")):
+                values = 100 * np.array([one.readings[reading] for one in found.taken[arm]])
+                steps = range(1, values.shape[1] + 1)
+                panels[row, column].plot(steps, values.T, color=f"C{number}", linewidth=0.6, alpha=0.4)
+                panels[row, column].plot(steps, values.mean(0), color=f"C{number}", marker="o", markersize=3, label=arm)
+        panels[0, column].set_title(f"chains of {length}", fontsize="small")
+        panels[1, column].set_xlabel("step")
+    panels[0, 0].set(ylabel="right, %", ylim=(0, 102))
+    panels[1, 0].set(ylabel="attention on the picture, %", ylim=(0, None))
+    for panel in panels.flat:
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _finish(panel)
+    panels[0, -1].legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
 
 
