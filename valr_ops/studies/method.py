@@ -58,14 +58,15 @@ def build_encoder_check(context: StageContext) -> StageReport:
 
 def build_chain_check(context: StageContext) -> StageReport:
     """Stage `chain_check`."""
-    study, found = context.recipe.study, {}
-    for steps in study.chain_steps:
+    found = {}
+    for steps in context.recipe.study.chain_steps:
         of_length = replace(context, recipe=override(context.recipe, {"study.steps": steps}))
         found[steps] = _take(of_length, CHAINS, ("sft", "latents"))
     written = chain_tables(found)
     rows = [{"steps": steps, **row} for steps, one in found.items() for row in _curves(one.taken)]
     readings = [{"steps": steps, **row} for steps, one in found.items() for row in _readings(one.taken)]
-    summary, seconds = {}, {}
+    summary: dict[str, int | float | str] = {}
+    seconds: dict[str, float] = {}
     for steps, one in found.items():
         summary |= {f"{key}_{steps}_steps": value for key, value in _summary(one).items()}
         seconds |= {f"cpu_seconds_{arm}_{steps}_steps": one.seconds(arm) for arm in one.taken}
