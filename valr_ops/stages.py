@@ -398,10 +398,11 @@ def ablation_cells() -> Mapping[str, Stage]:
 
     paper, mini = recipes.paper(), recipes.mini()
     rows = {}
-    for cell, variant in (mini.variants | paper.variants).items():
+    for cell in dict.fromkeys([*paper.variants, *mini.variants]):
         if f"stage2_{cell}" in _BY_NAME:
             continue
         scale = paper if cell in paper.variants else mini
+        variant = scale.variants[cell]
         row = _stage2(cell, cell, scale.for_variant(cell).alignment.teachers)
         if variant.stage1_records is not None:
             sft = _BY_NAME["stage1_sft"]
