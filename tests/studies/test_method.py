@@ -86,6 +86,17 @@ def test_what_is_finished_is_not_trained_again_and_gives_the_same_bytes(
     assert directory_digest(again.out) == directory_digest(here.out), time.process_time() - started
 
 
+def test_an_arm_that_is_trained_longer_is_read_where_the_others_end(made: tuple[StageContext, StageReport]) -> None:
+    here, _ = made
+    curves = pq.read_table(here.out / "curves.parquet").to_pylist()
+    readings = pq.read_table(here.out / "readings.parquet").to_pylist()
+    assert max(row["update"] for row in curves if row["arm"] == "sft") == 2 * here.recipe.study.updates
+    for seed in (1, 2):
+        (there,) = [one["accuracy"] for one in curves if (one["arm"], one["seed"], one["update"]) == ("sft", seed, 2)]
+        read = [one["value"] for one in readings if (one["arm"], one["seed"], one["reading"]) == ("sft", seed, "right")]
+        assert np.mean(read) == pytest.approx(there)
+
+
 def test_the_quick_form_has_one_seed_and_claims_nothing(made: tuple[StageContext, StageReport], tmp_path: Path) -> None:
     here, _ = made
     quick = replace(here, out=tmp_path / "out", recipe=recipe(**{"study.quick": True}))

@@ -76,7 +76,7 @@ class Taken:
     flops: int
     """Of one update, counted as it was computed: forward, backward, roll-out, hops and the teachers' features."""
     readings: dict[str, Any]
-    """What was read in the model in the end (`read_inside`)."""
+    """What was read in the model after `StudyRecipe.updates` updates (`read_inside`)."""
     seconds: float
     """Of this process's CPU, scoring left out."""
 
@@ -225,6 +225,7 @@ def _train(
     trained = [parameter for group in groups for parameter in group["params"]]
     optimizer = torch.optim.AdamW(groups, betas=training.betas)
     curve: list[dict[str, float]] = []
+    readings: dict[str, Any] = {}
     flops, seconds, searching = 0, 0.0, course.seed == study.search_seed
     updates *= 1 if searching or stage == _STAGE_1 else arm.times
     subject, pictures = Subject(model, layout, arm), held_out(recipe, SEARCHED if searching else SCORED)
@@ -244,7 +245,9 @@ def _train(
             right = look(subject, pictures).right
             scores = {"accuracy": float(right.mean()), "chains": float(right.all(1).mean())}
             curve.append({"update": update, **scores, **row})
-    readings = {} if searching or stage == _STAGE_1 else read_inside(subject, pictures)
+        # An arm that is trained longer than the others is read where they end.
+        if update == study.updates and stage == _STAGE_2 and not searching:
+            readings = read_inside(subject, pictures)
     return Taken(course, curve, flops, readings, seconds)
 
 
