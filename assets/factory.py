@@ -43,7 +43,7 @@ def project_recipe() -> Recipe | None:
 
 RECIPE = project_recipe()
 
-_ON_A_LAPTOP = RECIPE is None or RECIPE.scale in ("tiny", "mini")
+ON_A_LAPTOP = RECIPE is None or RECIPE.scale in ("tiny", "mini")
 """Everything runs on the CPU, and a person waits for the answer."""
 
 IN_CLUSTER = RECIPE is not None and RECIPE.cluster.dispatch == "kubernetes"
@@ -87,14 +87,14 @@ def stage_asset(
         },
         tags={"resources": row.resources},
         partitions_def=cells,
-        pool=GPU_POOL if row.resources == "gpu" and not (_ON_A_LAPTOP or IN_CLUSTER) else None,
+        pool=GPU_POOL if row.resources == "gpu" and not (ON_A_LAPTOP or IN_CLUSTER) else None,
         freshness_policy=dg.FreshnessPolicy.time_window(fail_window=FRESH) if row.name == REPORT else None,
     )
     def asset(context: dg.AssetExecutionContext, stages: StageRunner) -> Iterator[Any]:
         name = f"{row.name}@{context.partition_key}" if cells else row.name
         if announce:
             context.log.info(announce(context))
-        waits_seconds = () if _ON_A_LAPTOP else WAITS_SECONDS
+        waits_seconds = () if ON_A_LAPTOP else WAITS_SECONDS
         try:
             yield from stages.materialize(context, name, root)
         except dg.Failure as failure:

@@ -16,14 +16,14 @@ from typing import Any
 
 import dagster as dg
 
-from assets.factory import RECIPE, project_recipe
+from assets.factory import ON_A_LAPTOP, RECIPE, project_recipe
 from assets.retrying import WAITS_SECONDS, raise_for
 from valr_ops.exits import EXIT_CONFIGURATION, EXIT_REFUSED
 from valr_ops.recipe.recipe import ReleaseRecipe
 from valr_ops.store.artifacts import project_root
 
 _RULE = RECIPE.release if RECIPE else ReleaseRecipe()
-_WAITS_SECONDS = WAITS_SECONDS if RECIPE and RECIPE.scale not in ("tiny", "mini") else ()
+_WAITS_SECONDS = () if ON_A_LAPTOP else WAITS_SECONDS
 
 
 @dg.asset(

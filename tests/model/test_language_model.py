@@ -163,7 +163,7 @@ def test_scale_mini_begins_with_smollm2_its_ids_and_its_logits() -> None:
     from transformers import AutoTokenizer
 
     package, base = language_model.PACKAGES[PACKAGE], recipes.mini().base
-    folder = Path(importlib.util.find_spec(PACKAGE).origin).parent  # type: ignore[union-attr, arg-type]
+    folder = language_model._file(PACKAGE).parent
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=package.file)
     theirs = LlamaForCausalLM.from_pretrained(folder, gguf_file=package.file, dtype=torch.float32).eval()
     assert base.from_scratch is not None

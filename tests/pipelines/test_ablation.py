@@ -211,7 +211,7 @@ def test_a_run_says_what_its_cell_costs_and_all_that_were_chosen_with_it() -> No
 
 
 def test_steps_on_the_gpu_are_kept_apart_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(factory, "_ON_A_LAPTOP", False)
+    monkeypatch.setattr(factory, "ON_A_LAPTOP", False)
     pools = {row.name: factory.stage_asset(row).op.pool for row in STAGES}
     assert {name for name, pool in pools.items() if pool == "gpu"} == {
         row.name for row in STAGES if row.resources == "gpu"
@@ -220,7 +220,7 @@ def test_steps_on_the_gpu_are_kept_apart_where_there_is_one(monkeypatch: pytest.
 
 
 def test_a_step_waits_while_another_run_has_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(factory, "_ON_A_LAPTOP", False)
+    monkeypatch.setattr(factory, "ON_A_LAPTOP", False)
     shutil.copyfile(CHECKOUT / "infra" / "local" / "dagster.yaml", tmp_path / "dagster.yaml")
     asset = factory.stage_asset(stage("base_model"))
     with dg.DagsterInstance.from_config(str(tmp_path)) as instance, ThreadPoolExecutor(1) as threads:
@@ -239,7 +239,7 @@ def test_a_step_waits_while_another_run_has_the_gpu(tmp_path: Path, monkeypatch:
 
 def tried(failures: list[int | None], monkeypatch: pytest.MonkeyPatch) -> Any:
     """The end of a run of a stage away from a laptop that ends with these statuses, one a try (None: it is made)."""
-    monkeypatch.setattr(factory, "_ON_A_LAPTOP", False)
+    monkeypatch.setattr(factory, "ON_A_LAPTOP", False)
     monkeypatch.setattr(factory, "WAITS_SECONDS", (0.01, 0.02))
     FAILURES.extend(failures)
     asset = factory.stage_asset(stage("ablation_table"))

@@ -113,7 +113,7 @@ LOSSES: list[int] = []
 def test_what_befell_dagster_and_not_the_stage_is_tried_again(
     losses: int, succeeds: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(factory, "_ON_A_LAPTOP", False)
+    monkeypatch.setattr(factory, "ON_A_LAPTOP", False)
     monkeypatch.setattr(factory, "WAITS_SECONDS", (0.01, 0.02))
     LOSSES.append(losses)
     asset = factory.stage_asset(stages.stage("ablation_table"))
