@@ -65,7 +65,7 @@ def fill(made: Made, starter: Starter, disk: Path, name: str) -> dict[str, Any]:
         "fitted": fitted,
         "equal_digest": not status and making.comparable(root, name) == expected.comparable,
         "written_mib": round(expected.written_bytes / 2**20, 2),
-        "said": said[0] if said else "",
+        "said": said[0].replace(str(disk), "DISK") if said else "",
         "wrong": wrong,
     }
 
@@ -88,7 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
     work = options.work.resolve()
     rows = read_rows(RESULTS)
     wanted = options.stages.split(",") if options.stages else [name for name in ORDER if name not in rows]
-    made = making.make(work, ORDER, WHOLE if options.whole else SHORT)
+    made = making.make(work, wanted if options.stages else ORDER, WHOLE if options.whole else SHORT)
     if options.on is None:
         disk = work / "disk"
         own = [sys.executable, "-m", "tests.faults.full_disk", "--work", str(work), "--on", str(disk)]

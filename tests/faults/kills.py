@@ -1,7 +1,8 @@
 """``python -m tests.faults.kills``: kill each stage at random moments, let it go on, compare with an undisturbed run.
 
-In: a folder, in which the whole pipeline of scale tiny is made once (minutes). Out: a row a stage in ``kills.json``
-(SIGKILL) or ``stops.json`` (SIGTERM), written stage by stage; a row that is there is kept until its stage is named.
+In: a folder, in which the pipeline of scale tiny, or what the named stages need of it, is made once (minutes). Out: a
+row a stage in ``kills.json`` (SIGKILL) or ``stops.json`` (SIGTERM), written stage by stage; a row that is there is kept
+until its stage is named.
 Always: moments come from a seeded generator and are CPU seconds after the end of the imports, so that a busy machine
 moves none of them; a start that ends before its moment is no kill, and the stage begins again from nothing.
 """
@@ -23,6 +24,7 @@ from tests.faults import made as making
 from tests.faults.made import Made
 from tests.faults.starting import Started, Starter
 from tests.project import MICRO
+from tests.studies.tiny_study import SMALL
 from valr_ops.exits import EXIT_AT_CHECKPOINT
 from valr_ops.stages import STAGES
 
@@ -32,12 +34,15 @@ RESULTS = {
 }
 _UPDATES = {"max_updates": 8, "checkpoint_every": 2}
 CELL = "stage2_ablation@valr_qwen_encoder"
+STUDY = "method_check"
+"""The four studies of the method train by the same code."""
 _TEACHERS = ("dinov3", "siglip2", "pi3", "dinov2", "clip")
 SHORT: dict[str, Any] = MICRO | {
     "data.synthetic.train_records": 48,
     "base.from_scratch.tower_pretraining_steps": 10,
     **{f"teachers.{name}.pretraining_steps": 20 for name in _TEACHERS},
     **{f"{stage}.{field}": value for stage in ("stage1", "stage2") for field, value in _UPDATES.items()},
+    **{field: value for field, value in SMALL.items() if field.startswith("study.")},
 }
 """Scale tiny with fewer records and updates: twenty kills of every stage take an hour of one core and not a night."""
 WHOLE: dict[str, Any] = {"scale": "tiny"}
@@ -45,7 +50,7 @@ TRAINED = ("base_model", "stage1_sft", "stage2_valr_s", "stage2_valr_m", CELL)
 """Where a kill can cost most."""
 
 _FIRST = (*TRAINED, "cot_corpus", "latent_corpus", "teacher_features_dinov3", "scores_valr_m", "sources")
-ORDER = (*_FIRST, *(row.name for row in STAGES if row.name not in _FIRST and not row.on_request))
+ORDER = (*_FIRST, *(row.name for row in STAGES if row.name not in _FIRST and not row.on_request), STUDY)
 _STARTS_PER_KILL = 2
 
 
@@ -147,7 +152,7 @@ def main(arguments: list[str] | None = None) -> int:
     results = RESULTS[how]
     rows = read_rows(results)
     wanted = options.stages.split(",") if options.stages else TRAINED[1:] if options.stop else ORDER
-    made = making.make(options.work.resolve(), ORDER, WHOLE if options.whole else SHORT)
+    made = making.make(options.work.resolve(), wanted if options.stages else ORDER, WHOLE if options.whole else SHORT)
     with made.starter() as starter:
         for name in wanted:
             if not options.stages and name in read_rows(results):

@@ -67,6 +67,9 @@ def test_every_arm_begins_with_the_same_weights_and_every_seed_is_reported(
         right = [row["accuracy"] for row in rows if row["arm"] == arm and row["update"] == 2]
         assert report.summary[f"right_{arm}"] == pytest.approx(np.mean(right))
         assert ", ".join(f"{share:.3f}" for share in right) in text
+    ended = [row["alignment/all"] for row in rows if row["arm"] == "aligned" and row["update"] == 2]
+    table = text.partition("## What training ended with")[2].partition("##")[0]
+    assert f"| aligned | {np.mean(ended):.3f} | " in table and "| latents |  |  | " in table and "| sft |" not in table
     assert len(list(here.work.glob("*/stage1-*.safetensors"))) == 3, "stage 1 is shared by the arms of a seed"
     searched = pq.read_table(here.out / "search_3_steps.parquet").to_pylist()
     assert {(row["arm"], row["seed"]) for row in searched} == {(arm, 0) for arm in ("sft", "latents", "aligned")}

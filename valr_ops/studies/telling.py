@@ -30,6 +30,14 @@ _CONDITIONS = {
     "first": "the segment's first state, repeated",
     "markers": "nothing: no slots, control tokens alone",
 }
+_FIGURES = {
+    "alignment/": "cosine to the features",
+    "control/": "to another picture's",
+    "latent_norm_ratio": "norm of a fed state over a word's",
+    "effective_rank": "effective rank of a segment's states",
+    "feedback_residual": "change by the last hop, 0 without hops",
+}
+"""Of a row of the training log (`valr_ops.training.log`): its entries for the teachers, and what it says of slots."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +56,11 @@ class Findings:
 
     def chains(self, arm: str) -> Interval:
         """Share of the chains of which every step is right."""
-        rows = [next(row for row in one.curve if row["update"] >= self.study.updates) for one in self.taken[arm]]
-        return self.mean([row["chains"] for row in rows])
+        return self.mean([row["chains"] for row in self.last(arm)])
+
+    def last(self, arm: str) -> list[dict[str, float]]:
+        """The rows of the curves after `study.updates` updates, by seed."""
+        return [next(row for row in one.curve if row["update"] >= self.study.updates) for one in self.taken[arm]]
 
     def minus(self, arm: str, other: str) -> Interval:
         """Of the shares of right steps, at equal updates, paired by seed."""
@@ -99,6 +110,8 @@ def tables(found: Findings) -> dict[str, str]:
     if found.having("conditions"):
         written["What the slots are fed"] = _conditions(found)
         written["Segments imposed before every step"] = _segments(found)
+    if trained := _training(found):
+        written["What training ended with"] = trained
     written["What a linear probe reads, by block"] = _probes(found)
     written["From step to step"] = _steps(found)
     return written
@@ -168,6 +181,19 @@ def _segments(found: Findings) -> str:
         ["segments before a step", *arms],
         [[count, *(_share(found.mean(found.reading(arm, "segments", count))) for arm in arms)] for count in counts],
     )
+
+
+def _training(found: Findings) -> str:
+    """Means over seeds and teachers, of the arms that have any; empty where none has."""
+    rows = []
+    for arm in found.taken:
+        row = []
+        for figure in _FIGURES:
+            values = [value for last in found.last(arm) for name, value in last.items() if name.startswith(figure)]
+            row.append(f"{np.mean(values):.3f}" if values and ("/" in figure or ARMS[arm].slots) else "")
+        if any(row):
+            rows.append([arm, *row])
+    return _table(["arm", *_FIGURES.values()], rows) if rows else ""
 
 
 def _probes(found: Findings) -> str:
