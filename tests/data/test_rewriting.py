@@ -32,6 +32,7 @@ from valr_ops.data.shards import ShardError, ShardWriter
 from valr_ops.model.qwen import train_tokenizer
 from valr_ops.store.artifacts import Check, StageContext, StageReport
 from valr_ops.store.progress import Progress
+from valr_ops.workers import WorkerLostError
 
 
 def record(kind: str = "interleaved", **changes: object) -> CorpusRecord:
@@ -289,7 +290,7 @@ def test_a_process_that_is_killed_stops_the_stage_with_the_likely_reason(
     monkeypatch.setattr(rewriting, "_RECORDS_WORTH_PROCESSES", 600)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     monkeypatch.setattr(rewriting, "_rewrite_here", dies)
-    with pytest.raises(RewritingError, match="was killed, most likely for want of memory"):
+    with pytest.raises(WorkerLostError, match="was killed, most likely for want of memory"):
         run(corpus_of(tmp_path, many), tmp_path)
 
 

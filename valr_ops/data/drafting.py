@@ -12,13 +12,10 @@ from __future__ import annotations
 import heapq
 import multiprocessing
 import os
-import signal
-import threading
 from collections.abc import Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from itertools import groupby
-from multiprocessing.connection import wait as wait_for
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +28,7 @@ from valr_ops.data.likeness import look_of
 from valr_ops.data.records import BadRecord, Image, Record, Rejection
 from valr_ops.data.screening import record_key
 from valr_ops.data.sources.reading import Reading
+from valr_ops.workers import workers
 
 _KEY_FIELDS = [
     ("content", pa.binary(16)),
@@ -120,17 +118,10 @@ class _Drafting:
                 yield from share_work
                 self.drafts[reading.source].append(share_work.draft)
             return
-        context = multiprocessing.get_context("forkserver")
-        done = context.SimpleQueue()
-        with ProcessPoolExecutor(self._count, context, _begin, (done, dict(os.environ))) as pool:
+        done = multiprocessing.get_context("forkserver").SimpleQueue()
+        with workers(self._count, __name__, _begin, (done,)) as pool:
             futures = [pool.submit(_read_share, reading, share, self._work) for reading, share in tasks]
-            try:
-                yield from _counted(futures, done)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                for process in list((pool._processes or {}).values()):
-                    process.terminate()
-                raise
+            yield from _counted(futures, done)
         for future in futures:
             made = future.result()
             self.drafts[made.source].append(made)
@@ -151,21 +142,10 @@ def _counted(futures: list[Future[Draft]], done: Any) -> Iterator[int]:
 _done: Any = None
 
 
-def _begin(done: Any, environment: dict[str, str]) -> None:
-    """In every process: Ctrl-C is handled by the one that started it, and without that one there is nothing to do."""
+def _begin(done: Any) -> None:
+    """In every process: where it tells how many rows it has read."""
     global _done
     _done = done
-    # The server that forks may have been started under another one, with another store's address.
-    os.environ.update(environment)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def end_with_parent() -> None:
-        wait_for([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def _read_share(reading: Reading, share: sources.Share, work: Path) -> Draft:

@@ -13,13 +13,10 @@ from __future__ import annotations
 
 import functools
 import json
-import multiprocessing
 import os
 import re
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -43,6 +40,7 @@ from valr_ops.data.sequences import (
 from valr_ops.recipe.recipe import DataRecipe
 from valr_ops.store.artifacts import StageContext, StageReport
 from valr_ops.torchvision_guard import ensure_torchvision
+from valr_ops.workers import workers
 
 ensure_torchvision()
 
@@ -343,30 +341,20 @@ def _rewritten(records: Records, rewriter: Rewriter, base_model: Path, processes
     """What became of every block of the corpus, in its order, a few in memory at a time.
 
     Raises:
-        RewritingError: a process was killed.
+        WorkerLostError: a process was killed.
     """
     if processes == 1:
         for batch in records.batches():
             yield _rewrite(rewriter, batch)
         return
-    # A process whose tokenizer has started threads must not be forked; a fresh one that has loaded this module may.
-    starting = multiprocessing.get_context("forkserver")
-    starting.set_forkserver_preload([__name__])
-    pool = ProcessPoolExecutor(processes, starting, initializer=_start, initargs=(base_model, rewriter.data))
-    with pool:
+    with workers(processes, __name__, _start, (base_model, rewriter.data)) as pool:
         coming: deque[Any] = deque()
-        try:
-            for batch in records.batches():
-                coming.append(pool.submit(_rewrite_here, batch))
-                if len(coming) > 2 * processes:
-                    yield coming.popleft().result()
-            while coming:
+        for batch in records.batches():
+            coming.append(pool.submit(_rewrite_here, batch))
+            if len(coming) > 2 * processes:
                 yield coming.popleft().result()
-        except BrokenProcessPool:
-            raise RewritingError(
-                "a process that rewrites records was killed, most likely for want of memory (each needs about 1 GB); "
-                "run the same command again with more memory or fewer CPUs"
-            ) from None
+        while coming:
+            yield coming.popleft().result()
 
 
 _here: Rewriter

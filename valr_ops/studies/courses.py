@@ -11,12 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
-import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +35,7 @@ from valr_ops.studies.tiles import Layout, Pictures, draw
 from valr_ops.torchvision_guard import ensure_torchvision
 from valr_ops.training.log import Row
 from valr_ops.training.schedule import parameter_groups
+from valr_ops.workers import workers
 
 ensure_torchvision()
 
@@ -92,14 +91,10 @@ def take(recipe: Recipe, courses: Sequence[Course], work: Path, progress: Progre
     seeds = sorted({course.seed for course in courses})
     ahead = [Course(STAGE_1, seed, recipe.study.stage1_learning_rate) for seed in seeds]
     # A GPU is shared by nobody; a core takes one course.
-    workers = 1 if recipe.runtime.device == "cuda" else max(1, len(os.sched_getaffinity(0)) // recipe.runtime.threads)
-    spawned = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, spawned, initializer=_end_with, initargs=(os.getpid(),))
-    try:
+    count = 1 if recipe.runtime.device == "cuda" else max(1, len(os.sched_getaffinity(0)) // recipe.runtime.threads)
+    with workers(count, __name__) as pool:
         for of_turn, said in (([Course(_PRETRAINED, 0, 0.0)], "pretraining"), (ahead, "stage 1"), (courses, label)):
             _in_turn(pool, recipe, of_turn, work, progress, said)
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
     return {course: _read(course, work) for course in courses}
 
 
@@ -121,17 +116,6 @@ def _in_turn(
     done = len(courses) - len(waiting)
     for future in progress.track(as_completed(futures), label, total=len(courses), done=done) if waiting else ():
         progress.say(future.result())
-
-
-def _end_with(parent: int) -> None:
-    """A worker whose parent was killed would go on for minutes, and hold a core."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _take(values: dict[str, Any], fields: dict[str, Any], folder: str) -> str:

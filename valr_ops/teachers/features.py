@@ -16,8 +16,6 @@ import math
 import multiprocessing
 import os
 import shutil
-import signal
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -55,6 +53,7 @@ from valr_ops.teachers.stored import (
     write_targets,
 )
 from valr_ops.teachers.weights import weights_differ, weights_sample
+from valr_ops.workers import end_with_parent
 
 MIN_COSINE = 0.999
 """Of a stored patch feature to the one that was computed: bfloat16 keeps eight bits, which costs about 1e-5."""
@@ -346,16 +345,8 @@ def _other_processes(context: StageContext) -> Iterator[None]:
 
 
 def _beside(context: StageContext) -> None:
-    """A part in a process of its own, which ends with the one that started it, even if that is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def end_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    """A part in a process of its own."""
+    end_with_parent()
     build_teacher_features(context)
 
 
