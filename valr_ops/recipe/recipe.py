@@ -711,7 +711,8 @@ class StudyRecipe(_Values):
     pictures: PositiveInt = 512
     """Paper silent; held-out pictures that each point is scored on."""
     quick: bool = False
-    """Paper silent; the first seed, one learning rate, the main arms and 300 updates: ten minutes instead of hours."""
+    """Paper silent; the first seed, one learning rate, two arms, fewer updates and held-out pictures: ten minutes
+    instead of hours."""
 
     @model_validator(mode="after")
     def _seeds_make_sense(self) -> StudyRecipe:

@@ -38,7 +38,8 @@ _QUICK = {
     "encoder_check": ("colour", "colour_form"),
     "chain_check": ("sft", "aligned"),
 }
-_QUICK_UPDATES = 300
+_QUICK_BOUNDS = {"updates": 275, "pictures": 256}
+"""With its seed and rate the aligned arm has just learned the task after so many updates."""
 
 
 def build_method_check(context: StageContext) -> StageReport:
@@ -85,8 +86,10 @@ def _take(context: StageContext, arms: Sequence[str], against: Sequence[str]) ->
     """The courses of `arms`, or of those of the quick form."""
     if context.recipe.study.quick:
         arms = _QUICK[context.stage]
-        quick = override(context.recipe, {"study.updates": min(_QUICK_UPDATES, context.recipe.study.updates)})
-        context = replace(context, recipe=quick)
+        fewer = {
+            f"study.{field}": min(bound, getattr(context.recipe.study, field)) for field, bound in _QUICK_BOUNDS.items()
+        }
+        context = replace(context, recipe=override(context.recipe, fewer))
     study = context.recipe.study
     best = _search(context, arms)
     seeds = study.seeds[:1] if study.quick else study.seeds
