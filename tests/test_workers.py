@@ -13,18 +13,18 @@ import pytest
 
 from valr_ops.workers import WorkerLostError, workers
 
-_TIME = "time"
+_LIGHT_MODULE = "time"
 
 
 def test_what_begins_sees_the_environment_of_now(monkeypatch: pytest.MonkeyPatch) -> None:
     for now in ("one", "another"):
         monkeypatch.setenv("VALR_TEST_STORE", now)
-        with workers(1, _TIME) as pool:
+        with workers(1, _LIGHT_MODULE) as pool:
             assert pool.submit(os.getenv, "VALR_TEST_STORE").result(60) == now
 
 
 def test_an_error_here_ends_them_at_once() -> None:
-    with pytest.raises(KeyError, match="here"), workers(1, _TIME) as pool:
+    with pytest.raises(KeyError, match="here"), workers(1, _LIGHT_MODULE) as pool:
         identity = pool.submit(os.getpid).result(60)
         pool.submit(time.sleep, 3600)
         raise KeyError("here")
@@ -32,7 +32,7 @@ def test_an_error_here_ends_them_at_once() -> None:
 
 
 def test_ctrl_c_is_left_to_the_process_that_they_work_for() -> None:
-    with workers(1, _TIME) as pool:
+    with workers(1, _LIGHT_MODULE) as pool:
         identity = pool.submit(os.getpid).result(60)
         os.kill(identity, signal.SIGINT)
         assert pool.submit(os.getpid).result(60) == identity
@@ -40,7 +40,7 @@ def test_ctrl_c_is_left_to_the_process_that_they_work_for() -> None:
 
 def test_one_that_is_killed_is_told_with_the_likely_reason() -> None:
     said = r"one of the 2 processes of time was killed, most likely for want of memory"
-    with pytest.raises(WorkerLostError, match=said), workers(2, _TIME) as pool:
+    with pytest.raises(WorkerLostError, match=said), workers(2, _LIGHT_MODULE) as pool:
         pool.submit(os.kill, pool.submit(os.getpid).result(60), signal.SIGKILL)
         pool.submit(time.sleep, 3600).result(60)
 

@@ -79,9 +79,9 @@ class Taken:
     seconds: float
     """Of this process's CPU, scoring left out."""
 
-    def accuracy(self, update: int) -> float:
-        """Share of the steps that are right after so many updates."""
-        return next(row["accuracy"] for row in self.curve if row["update"] >= update)
+    def at(self, update: int) -> dict[str, float]:
+        """The row of the curve after so many updates."""
+        return next(row for row in self.curve if row["update"] >= update)
 
 
 def take(recipe: Recipe, courses: Sequence[Course], work: Path, progress: Progress, label: str) -> dict[Course, Taken]:

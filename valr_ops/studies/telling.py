@@ -60,7 +60,7 @@ class Findings:
 
     def last(self, arm: str) -> list[dict[str, float]]:
         """The rows of the curves after `study.updates` updates, by seed."""
-        return [next(row for row in one.curve if row["update"] >= self.study.updates) for one in self.taken[arm]]
+        return [one.at(self.study.updates) for one in self.taken[arm]]
 
     def minus(self, arm: str, other: str) -> Interval:
         """Of the shares of right steps, at equal updates, paired by seed."""
@@ -71,7 +71,7 @@ class Findings:
         update = self.study.updates * self.taken[arm][0].flops / self.taken[other][0].flops
         if update > self.taken[other][0].curve[-1]["update"]:
             return None
-        long = [one.accuracy(round(update)) for one in self.taken[other]]
+        long = [one.at(round(update))["accuracy"] for one in self.taken[other]]
         return self.mean(np.subtract(self.shares(arm), long))
 
     def mean(self, by_seed: Sequence[float] | npt.NDArray[np.float64]) -> Interval:
@@ -98,7 +98,7 @@ class Findings:
 
     def shares(self, arm: str) -> list[float]:
         """Of the steps that are right after `study.updates` updates, by seed."""
-        return [one.accuracy(self.study.updates) for one in self.taken[arm]]
+        return [row["accuracy"] for row in self.last(arm)]
 
 
 # --------------------------------------------------------------------------------------------------------- tables
