@@ -44,7 +44,7 @@ _QUICK_BOUNDS = {"updates": 275, "pictures": 256}
 
 def build_method_check(context: StageContext) -> StageReport:
     """Stage `method_check`."""
-    return _build(context, METHOD, against=("sft", "latents"))
+    return _build(context, METHOD, against=("sft", "latents", "aligned"))
 
 
 def build_gradient_check(context: StageContext) -> StageReport:
