@@ -183,7 +183,7 @@ def _method_study(name: str, summary: str) -> Stage:
         group="studies",
         summary=summary,
         function=f"valr_ops.studies.method:build_{name}",
-        parameters=("study", "latents", "alignment", "runtime", "evaluation.confidence"),
+        parameters=("study", "alignment", "runtime", "evaluation.confidence"),
         kinds=("torch", "parquet", "matplotlib"),
         resources="gpu",
         on_request=True,

@@ -75,14 +75,14 @@ def test_features_read_elsewhere_leave_the_text_as_it_is(name: str) -> None:
 
 def test_the_gradient_of_all_hops_is_the_full_one_and_the_cut_one_is_not() -> None:
     gradients = {}
-    for name in ("full", "cut", "hops_4"):
+    for name in ("aligned", "cut", "hops_4"):
         loss_of, _, loss = losses(name)
         loss.backward()
         parameters = dict(loss_of.named_parameters())
         gradients[name] = torch.cat(
             [parameters[key].grad.flatten() for key in sorted(parameters) if parameters[key].grad is not None]
         )
-    apart = {name: float((one - gradients["full"]).norm()) for name, one in gradients.items()}
+    apart = {name: float((one - gradients["aligned"]).norm()) for name, one in gradients.items()}
     assert apart["cut"] > apart["hops_4"] > 0
 
 

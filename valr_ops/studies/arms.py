@@ -67,8 +67,8 @@ class Arm:
     """The features are those of another picture."""
     fed: Literal["states", "pads"] = "states"
     """What slots are fed: the hidden state before, or the embedding of the pad token."""
-    feedback: str | None = None
-    """`LatentRecipe.feedback_gradient`; None takes the recipe's."""
+    feedback: str = "full"
+    """The gradient through fed states, as `LatentRecipe.feedback_gradient` has it; none without feedback."""
     times: int = 1
     """How many times longer than the others it is trained: the cheap arm until it has cost what the dearest did."""
 
@@ -87,7 +87,6 @@ ARMS: dict[str, Arm] = {
     "form": Arm("aligned to form", slots=SLOTS, teachers=("form",)),
     "colour_form": Arm("aligned to colour and form", slots=SLOTS, teachers=("colour", "form")),
     "three": Arm("aligned to colour, form and layout", slots=SLOTS, teachers=("colour", "form", "layout")),
-    "full": Arm("aligned, full feedback gradient", slots=SLOTS, teachers=("all",), feedback="full"),
     "cut": Arm("aligned, feedback gradient cut", slots=SLOTS, teachers=("all",), feedback="cut"),
     "hops_1": Arm("aligned, 1 hop", slots=SLOTS, teachers=("all",), feedback="hops:1"),
     "hops_2": Arm("aligned, 2 hops", slots=SLOTS, teachers=("all",), feedback="hops:2"),
@@ -190,7 +189,7 @@ def pad_rollout(model: Qwen2_5_VLForConditionalGeneration, batch: Batch) -> Roll
 
 
 def _recipe_of(arm: Arm, recipe: Recipe) -> Recipe:
-    feedback = "cut" if arm.fed == "pads" else arm.feedback or recipe.latents.feedback_gradient
+    feedback = "cut" if arm.fed == "pads" else arm.feedback
     values: dict[str, Any] = {
         "latents.slots": arm.slots or SLOTS,
         "latents.control_tokens": "outside",

@@ -100,7 +100,7 @@ def take(recipe: Recipe, courses: Sequence[Course], work: Path, progress: Progre
 
 def _digest(recipe: Recipe) -> str:
     """Eight hexadecimal digits, equal where a course comes out the same."""
-    values = recipe.model_dump(mode="json", include={"study", "latents", "alignment", "runtime"})
+    values = recipe.model_dump(mode="json", include={"study", "alignment", "runtime"})
     for which in ("seeds", "learning_rates", "chain_steps", "quick"):
         del values["study"][which]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]

@@ -2,7 +2,7 @@
 
     method_check     latents with and without alignment against everything that could explain a gain away; whether the
                      model needs what its latents hold; where they hold it; what happens from step to step
-    gradient_check   the gradient through the fed-back states: cut, chains of 1, 2 and 4, full
+    gradient_check   the gradient through the fed-back states: cut, chains of 1, 2 and 4, full (in all other studies)
     encoder_check    teachers of different knowledge, alone and together
     chain_check      chains of growing length: what is right, and how much of the attention is on the picture, by step
 
@@ -29,12 +29,12 @@ from valr_ops.studies.courses import Course, Taken, take
 from valr_ops.studies.telling import Findings, chain_tables, draw_chains, draw_curves, draw_inside, tables
 
 METHOD = ("sft", "markers", "latents", "aligned", "untrained", "another", "pads", "sft_image", "sft_step")
-GRADIENT = ("cut", "hops_1", "hops_2", "hops_4", "full")
+GRADIENT = ("cut", "hops_1", "hops_2", "hops_4", "aligned")
 ENCODERS = ("colour", "form", "colour_form", "three", "aligned")
 CHAINS = ("sft", "latents", "aligned")
 _QUICK = {
     "method_check": ("sft", "aligned"),
-    "gradient_check": ("cut", "full"),
+    "gradient_check": ("cut", "aligned"),
     "encoder_check": ("colour", "colour_form"),
     "chain_check": ("sft", "aligned"),
 }
@@ -49,7 +49,7 @@ def build_method_check(context: StageContext) -> StageReport:
 
 def build_gradient_check(context: StageContext) -> StageReport:
     """Stage `gradient_check`."""
-    return _build(context, GRADIENT, against=("full",))
+    return _build(context, GRADIENT, against=("aligned",))
 
 
 def build_encoder_check(context: StageContext) -> StageReport:
