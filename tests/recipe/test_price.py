@@ -18,6 +18,8 @@ from valr_ops.__main__ import main
 from valr_ops.recipe import price, recipes, workload
 from valr_ops.recipe.recipe import RecipeError, override
 
+WHOLE_GRADIENT = override(PAPER, {"latents.feedback_gradient": "full"})
+
 # -------------------------------------------------------------------------------------------- counted, not assumed
 
 
@@ -132,7 +134,7 @@ def test_a_checkpoint_of_ones_own_is_as_large_as_its_config_says(tmp_path: Path)
 
 def test_a_stage_above_the_limit_is_refused_with_what_to_type_instead_and_its_price() -> None:
     with pytest.raises(price.PriceRefusedError) as refused:
-        price.refuse(PAPER, "stage2_valr_m")
+        price.refuse(WHOLE_GRADIENT, "stage2_valr_m")
     told = str(refused.value)
     for part in ("dollars, more than price.max_dollars=5,000", "hours, more than price.max_hours=168", "feedback hops"):
         assert part in told
@@ -144,10 +146,10 @@ def test_a_stage_above_the_limit_is_refused_with_what_to_type_instead_and_its_pr
         assert f"--set latents.feedback_gradient={value} ({hours} hours, {dollars} dollars)" in told
     # The whole gradient on the other way is cheaper than by hops, and said to be above the limit as well.
     assert "--set latents.method=sequential" in told and "the whole gradient as well, still above the limit" in told
-    most = price.price(PAPER, "stage2_valr_m")
+    most = price.price(WHOLE_GRADIENT, "stage2_valr_m")
     asked = dict(one.split("=") for one in told.split("all the same: --set ")[1].split(";")[0].split(" --set "))
     assert most.dollars[1] <= float(asked["price.max_dollars"]) < 1.1 * most.dollars[1]
-    assert price.refuse(override(PAPER, asked), "stage2_valr_m") is not None
+    assert price.refuse(override(WHOLE_GRADIENT, asked), "stage2_valr_m") is not None
 
 
 def test_a_setting_is_not_offered_to_who_has_it() -> None:
@@ -159,7 +161,7 @@ def test_a_setting_is_not_offered_to_who_has_it() -> None:
 
 
 def test_a_job_that_would_fill_its_node_is_refused_and_a_local_stage_only_told() -> None:
-    tight = {"cluster.scratch": "100Gi", "latents.feedback_gradient": "cut"}
+    tight = {"cluster.scratch": "100Gi"}
     here = price.refuse(override(PAPER, tight), "stage2_valr_m")
     assert here is not None and any("cluster.scratch=100Gi" in one for one in here.remarks)
     job = override(PAPER, tight | {"cluster.dispatch": "kubernetes"})
@@ -170,7 +172,7 @@ def test_a_job_that_would_fill_its_node_is_refused_and_a_local_stage_only_told()
 
 @pytest.mark.parametrize("name", ["small", "paper"])
 def test_every_job_of_a_scale_has_room_on_its_node_and_on_its_card(name: str) -> None:
-    recipe = override(recipes.scale(name), {"latents.feedback_gradient": "cut", "cluster.dispatch": "kubernetes"})
+    recipe = override(recipes.scale(name), {"cluster.dispatch": "kubernetes"})
     found = price.overview(recipe)
     assert found.refused == ()
     assert {name: one.peak_bytes for name, one in found.stages.items() if one.peak_bytes > recipe.price.gpu_bytes} == {}
@@ -246,7 +248,8 @@ def test_plan_shows_every_assumption_and_ends_with_one_json_document(
 ) -> None:
     monkeypatch.chdir(CHECKOUT)
     monkeypatch.setenv("COLUMNS", "300")
-    assert main(["plan", "--stage", "stage2_valr_m", "--scale", "paper", "--set", "price.max_hours=9999"]) == 0
+    asked = ["--set", "price.max_hours=9999", "--set", "latents.feedback_gradient=full"]
+    assert main(["plan", "--stage", "stage2_valr_m", "--scale", "paper", *asked]) == 0
     lines = capsys.readouterr().out.splitlines()
     told = json.loads(lines[-1])
     assert told["stage"] == "stage2_valr_m" and told["gpus"] == 4
@@ -265,7 +268,8 @@ def test_plan_without_a_stage_ends_with_all_stages_in_100_columns(
 ) -> None:
     monkeypatch.chdir(CHECKOUT)
     monkeypatch.setenv("COLUMNS", "100")
-    assert main(["plan", "--scale", "paper", "--set", "price.dollars_per_gpu_hour=[2,2]"]) == 0
+    asked = ["--set", "price.dollars_per_gpu_hour=[2,2]", "--set", "latents.feedback_gradient=full"]
+    assert main(["plan", "--scale", "paper", *asked]) == 0
     *_, ledger, table, remarks = capsys.readouterr().out.split("\n\n")
     lines = table.splitlines()
     assert lines[0].split() == ["stage", "on", "hours", "dollars", "GB", "written", "GB", "read"]

@@ -183,7 +183,7 @@ def _workload(recipe: Recipe, project: Path | None) -> tuple[Corpus, Shape]:
 def _priced(recipe: Recipe, name: str, corpus: Corpus, model: Shape) -> Price:
     row = stage(name)
     if row.group == "studies":
-        raise PriceError(f"{name} trains many models of a million parameters, an hour or two of two CPU cores")
+        raise PriceError(f"{name} trains many models of a million parameters, two to five hours of two CPU cores")
     if row.variant is not None:
         recipe = recipe.for_variant(row.variant)
     match row.function.rpartition(":")[2]:
@@ -290,7 +290,7 @@ def _cheaper(recipe: Recipe, name: str, project: Path | None) -> Iterable[str]:
             said += ", still above the limit"
         offered.append(f"--set {field}={value} ({said})")
     yield f"latents.feedback_gradient={now} goes back through a row once a hop, up to once for each slot of a record"
-    yield f"Instead: {', or '.join(offered)}; perf/README.md says how far each gradient is from the whole one"
+    yield f"Instead: {', or '.join(offered)}; EVIDENCE.md says what each gave"
 
 
 def against_plan(planned: Price, seconds: float, peak_bytes: float | None = None) -> dict[str, float]:

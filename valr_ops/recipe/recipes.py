@@ -173,7 +173,7 @@ def small() -> Recipe:
             min_pixels=4 * 28 * 28,
         ),
         # 36 blocks; 5, 15 and 35 stand where the paper's 4, 12 and 27 stand among 28.
-        latents=LatentRecipe(method="two_pass"),
+        latents=LatentRecipe(method="two_pass", feedback_gradient="hops:1"),
         alignment=AlignmentRecipe(block=15),
         teachers=_vit_large_teachers() | {"qwen": _own_encoder("Qwen-Research")},
         stage1=training,
@@ -198,7 +198,7 @@ def paper() -> Recipe:
             revision="cc594898137f460bfe9f0759e9844b3ce807cfb5",
             min_pixels=4 * 28 * 28,
         ),
-        latents=LatentRecipe(method="two_pass"),
+        latents=LatentRecipe(method="two_pass", feedback_gradient="hops:2"),
         teachers=_vit_large_teachers() | {"qwen": _own_encoder("Apache-2.0")},
         stage1=training,
         stage2=training.model_copy(update={"learning_rate": 2e-6}),
