@@ -36,6 +36,8 @@ CORPUS = workload.Corpus(
 )
 """1,000 updates of the paper's 2 x 16 x 4 records."""
 
+SEQUENTIAL = {"latents__method": "sequential", "latents__feedback_gradient": "full"}
+
 
 def priced(stage: Literal[1, 2] = 1, corpus: workload.Corpus = CORPUS, **changes: Any) -> Price:
     recipe = override(PAPER, {key.replace("__", "."): value for key, value in changes.items()})
@@ -112,12 +114,10 @@ def test_latents_cost_a_roll_out_and_for_every_hop_two_forward_passes() -> None:
     assert per_record["hops:2"] == (2 * hop, 2 * hop) and per_record["hops:3"] == (3 * hop, 3 * hop)
     # All 32 slots at most; it may stop after as many as the recipe assumes.
     assert per_record["full"] == pytest.approx((12 * hop, 32 * hop))
-    assert "feedback hops" not in priced(2, latents__method="sequential", latents__feedback_gradient="full").flops
+    assert "feedback hops" not in priced(2, **SEQUENTIAL).flops
     # States of float32 weights hold so much that all 32 are made.
-    exact = priced(2, latents__feedback_gradient="full", stage2__engine="torch", runtime__processes=1).flops[
-        "feedback hops"
-    ]
-    assert low(exact) == pytest.approx(128_000 * 32 * hop)
+    exact = priced(2, latents__feedback_gradient="full", stage2__engine="torch", runtime__processes=1).flops
+    assert low(exact["feedback hops"]) == pytest.approx(128_000 * 32 * hop)
 
 
 def test_slots_are_computed_one_by_one_at_the_speed_of_the_memory() -> None:
@@ -128,10 +128,9 @@ def test_slots_are_computed_one_by_one_at_the_speed_of_the_memory() -> None:
     assert found[0] * 3600 == pytest.approx(1000 * 16 * 2 * floor / 0.6)
     assert found[1] * 3600 == pytest.approx(1000 * 16 * 5 * floor / 0.3)
     # With a graph a pass takes at least its launches, and there are three for a slot of each of 16 micro-batches.
-    sequential = priced(2, latents__method="sequential", latents__feedback_gradient="full").hours["slots one by one"]
+    sequential = priced(2, **SEQUENTIAL).hours["slots one by one"]
     assert sequential[0] * 3600 == pytest.approx(1000 * 16 * 3 * 16 * 2 * 0.025)
-    whole = {"latents__method": "sequential", "latents__feedback_gradient": "full"}
-    slow = priced(2, **whole, price__eager_step_seconds=[1e-9, 1e-9]).hours["slots one by one"]
+    slow = priced(2, **SEQUENTIAL, price__eager_step_seconds=[1e-9, 1e-9]).hours["slots one by one"]
     assert slow[0] == pytest.approx(3 * 16 * found[0])
     assert "slots one by one" not in priced(1).hours
 

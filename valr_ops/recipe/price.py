@@ -28,6 +28,7 @@ from valr_ops.recipe.workload import Corpus, PriceError, assumed_corpus, made_co
 from valr_ops.stages import ABLATION, STAGES, ablation_cells, stage
 
 _ALTERNATIVES = (
+    ("latents.feedback_gradient", "hops:1"),
     ("latents.feedback_gradient", "hops:2"),
     ("latents.feedback_gradient", "hops:4"),
     ("latents.feedback_gradient", "cut"),
@@ -249,7 +250,7 @@ def refusal(recipe: Recipe, priced: Price, project: Path | None = None) -> str |
         part, span = max(priced.flops.items(), key=lambda one: one[1][1])
         told.append(f"{span[1] / add(priced.flops.values())[1]:.0%} of its FLOPs at most: {part}")
         if part == "feedback hops":
-            told += _cheaper(recipe, priced.stage, project)
+            told += _cheaper(recipe, priced, project)
     if fill:
         told.append(f"Besides, {fill}")
     limits = {"max_dollars": priced.dollars[1], "max_hours": priced.total_hours[1]}
@@ -276,13 +277,16 @@ def _above(value: float) -> str:
     return f"{math.ceil(value / digits) * digits:.0f}"
 
 
-def _cheaper(recipe: Recipe, name: str, project: Path | None) -> Iterable[str]:
-    """The settings that cost less, each as it is typed and with its price."""
+def _cheaper(recipe: Recipe, priced: Price, project: Path | None) -> Iterable[str]:
+    """The settings that cost less than `priced`, each as it is typed and with its price."""
     now, offered = recipe.latents.feedback_gradient, []
     for field, value in _ALTERNATIVES:
-        if value == now or (field == "latents.method" and now != "full"):
+        # Only the full gradient can be had on the other way.
+        if field == "latents.method" and now != "full":
             continue
-        other = price(override(recipe, {field: value}), name, project)
+        other = price(override(recipe, {field: value}), priced.stage, project)
+        if other.total_hours[1] >= priced.total_hours[1]:
+            continue
         said = f"{shown(other.total_hours)} hours, {shown(other.dollars)} dollars"
         if field == "latents.method":
             said += ", the whole gradient as well"
