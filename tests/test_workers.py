@@ -72,5 +72,8 @@ def _wait_for_the_end_of(identity: int) -> None:
 
 def _runs(identity: int) -> bool:
     """Whether there is such a process that has not ended."""
-    status = Path(f"/proc/{identity}/stat")
-    return status.exists() and status.read_text().rpartition(")")[2].split()[0] not in "ZX"
+    try:
+        status = Path(f"/proc/{identity}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):  # it may end between any two looks
+        return False
+    return status.rpartition(")")[2].split()[0] not in "ZX"
