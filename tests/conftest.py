@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
 
 # Tests run on as many workers as there are cores; more threads would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Started by a script with `&`, SIGINT would be ignored, and with Dagster SIGTERM too, by all that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 LONGEST = ("test_pipeline.py", "test_loop.py")

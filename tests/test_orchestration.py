@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from tests.project import copy_project, environment, last_line, valr, valr_here
-from valr_ops import orchestration
+from valr_ops import orchestration, workspace
 from valr_ops.recipe import recipes
 from valr_ops.recipe.recipe import RecipeError
 from valr_ops.stages import UnknownStageError
@@ -91,8 +92,25 @@ def test_check_data_tells_usable_rejected_and_unreadable_apart_by_its_exit_statu
         assert "Traceback" not in done.stderr
 
 
+def test_what_a_script_starts_in_the_background_is_ended_in_good_order_too(in_background: None) -> None:
+    show = "import signal; print(signal.getsignal(2) is signal.default_int_handler, signal.getsignal(15).name)"
+    with pytest.raises(KeyboardInterrupt), workspace.interruptible():
+        assert subprocess.check_output([sys.executable, "-c", show], text=True) == "True SIG_DFL\n"
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN, "as it was"
+
+
+@pytest.fixture
+def in_background() -> Iterator[None]:
+    """SIGINT is ignored, as a shell without job control has it for what is started with `&`."""
+    was = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGINT, was)
+
+
 @pytest.mark.services
-def test_ctrl_c_stops_everything_and_the_same_command_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ask", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_everything_and_the_same_command_goes_on(tmp_path: Path, in_background: None, ask: int) -> None:
     root = copy_project(tmp_path / "project")
     words = [sys.executable, "-m", "valr_ops", "materialize", "+latent_corpus"]
     running = subprocess.Popen(words, cwd=root, env=environment(root), stderr=subprocess.PIPE, text=True)
@@ -100,7 +118,7 @@ def test_ctrl_c_stops_everything_and_the_same_command_goes_on(tmp_path: Path) ->
     for line in running.stderr:
         if line.startswith("cot_corpus") and "started" in line:
             break
-    running.send_signal(signal.SIGINT)
+    running.send_signal(ask)
     said = running.stderr.read()
     assert running.wait(90) == 130
     assert "the same command goes on" in said and "Traceback" not in said

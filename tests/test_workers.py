@@ -38,6 +38,19 @@ def test_ctrl_c_is_left_to_the_process_that_they_work_for() -> None:
         assert pool.submit(os.getpid).result(60) == identity
 
 
+def test_what_this_process_ignores_ends_them_all_the_same(tmp_path: Path) -> None:
+    (tmp_path / "parent.py").write_text(
+        "import signal\nfrom valr_ops.workers import workers\n"
+        "if __name__ == '__main__':\n"
+        "    signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "    with workers(1, 'time') as pool:\n"
+        "        print(pool.submit(signal.getsignal, signal.SIGTERM).result().name)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    words = [sys.executable, str(tmp_path / "parent.py")]
+    assert subprocess.check_output(words, env=environment, text=True) == "SIG_DFL\n"
+
+
 def test_one_that_is_killed_is_told_with_the_likely_reason() -> None:
     said = r"one of the 2 processes of time was killed, most likely for want of memory"
     with pytest.raises(WorkerLostError, match=said), workers(2, _LIGHT_MODULE) as pool:

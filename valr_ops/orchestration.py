@@ -133,21 +133,14 @@ def _run_dagster(root: Path, names: Sequence[str], log: BinaryIO, env: Mapping[s
     """Make the named stages in one run, shown while they are made; the exit status of Dagster."""
     from valr_ops.store.progress import watch
 
-    # A session of its own: Ctrl-C reaches Dagster once, from here, and its stages get time to save.
-    dagster = subprocess.Popen(
-        workspace.materialize_command(names),
-        cwd=root,
-        env=env,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        stdin=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        watch(names, root / ".valr" / "status", is_running=lambda: dagster.poll() is None)
-    except BaseException:
-        _end(dagster)
-        raise
+    # Ctrl-C reaches Dagster once, from here, and its stages get time to save.
+    with workspace.interruptible():
+        dagster = workspace.start(workspace.materialize_command(names), root, env, log)
+        try:
+            watch(names, root / ".valr" / "status", is_running=lambda: dagster.poll() is None)
+        except BaseException:
+            _end(dagster)
+            raise
     return dagster.returncode
 
 
@@ -173,8 +166,11 @@ def _end(dagster: subprocess.Popen[bytes], seconds: float = 60) -> None:
         dagster.send_signal(signal.SIGINT)
     try:
         dagster.wait(seconds)
-    except subprocess.TimeoutExpired:
+    except BaseException as error:
+        # A second Ctrl-C gives up what is being saved.
         os.killpg(dagster.pid, signal.SIGKILL)
+        if not isinstance(error, subprocess.TimeoutExpired):
+            raise
 
 
 def _why(root: Path, names: Sequence[str], log: Path) -> str:

@@ -60,6 +60,8 @@ def workers(
 def end_with_parent() -> None:
     """In a process that works for another: leave Ctrl-C to that one, and end when it is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ignored by that one, it would be ignored here, and could not end this process.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
     assert parent is not None, "this process was started by none of ours"
 

@@ -16,8 +16,9 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 DAGSTER_PORT = 3000
 MLFLOW_PORT = 5000
@@ -67,11 +68,13 @@ def serve_pages(root: Path, dagster_port: int = DAGSTER_PORT, mlflow_port: int =
     Raises:
         WorkspaceError: a port is in use, or a server ended by itself.
     """
+    with interruptible():
+        _serve_pages(root, dagster_port, mlflow_port)
+
+
+def _serve_pages(root: Path, dagster_port: int, mlflow_port: int) -> None:
     from valr_ops.store import lineage
 
-    # Started by a script with `&`, SIGINT would be ignored; and SIGTERM must not leave the servers behind.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
     for name, port in (("dagster", dagster_port), ("mlflow", mlflow_port)):
         if in_use(port):
             raise WorkspaceError(
@@ -88,7 +91,7 @@ def serve_pages(root: Path, dagster_port: int = DAGSTER_PORT, mlflow_port: int =
         "dagster": f"http://127.0.0.1:{dagster_port}/asset-groups",
         "mlflow": lineage.runs_page(root, mlflow_port),
     }
-    servers = {name: _start(command, root, env, logs / f"{name}.log") for name, command in commands.items()}
+    servers = {name: start(command, root, env, (logs / f"{name}.log").open("wb")) for name, command in commands.items()}
     try:
         for name, server in servers.items():
             _wait_until_up(name, server, pages[name].split("/#")[0], logs / f"{name}.log")
@@ -111,17 +114,31 @@ def in_use(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def _start(command: Sequence[str], root: Path, env: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
-    # A session of its own and the default handler: started from a script with `&`, SIGINT would be ignored for good.
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Context in which SIGINT and SIGTERM both raise KeyboardInterrupt, here and in what is started meanwhile.
+
+    A script that starts this process with `&` has it ignore SIGINT; Dagster then ignores SIGTERM too, and so does all
+    that it starts. And a SIGTERM that ends this process must not leave behind what it started.
+    """
+    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def start(command: Sequence[str], root: Path, env: Mapping[str, str], log: BinaryIO) -> subprocess.Popen[bytes]:
+    """Start a process that writes to `log` and that Ctrl-C does not reach: it has a session of its own."""
     return subprocess.Popen(
         command,
         cwd=root,
         env=env,
-        stdout=log.open("wb"),
+        stdout=log,
         stderr=subprocess.STDOUT,
         stdin=subprocess.DEVNULL,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
 
@@ -138,7 +155,7 @@ def _wait_until_up(name: str, server: subprocess.Popen[bytes], address: str, log
 
 
 def stop(server: subprocess.Popen[bytes], seconds: float = 20) -> None:
-    """Ask a server that `_start` started to end, and end its whole session if it does not."""
+    """Ask a server that `start` started to end, and end its whole session if it does not."""
     if server.poll() is None:
         server.send_signal(signal.SIGINT)
     with contextlib.suppress(subprocess.TimeoutExpired):
