@@ -22,7 +22,7 @@ from valr_ops.store.artifacts import StageContext, StageReport, directory_digest
 from valr_ops.store.progress import Progress
 from valr_ops.studies import courses, method
 from valr_ops.studies.courses import Course, Taken
-from valr_ops.studies.telling import Findings, sentences
+from valr_ops.studies.telling import Findings, sentences, speed
 
 
 class Told(Progress):
@@ -221,6 +221,20 @@ def test_equal_compute_is_where_the_cheap_arm_has_cost_as_much() -> None:
     assert at_equal is not None and at_equal.value == pytest.approx((0.9 - 0.6 + 0.8 - 0.7) / 2)
     dearer = replace(found, taken={"sft": long, "aligned": [replace(one, flops=400) for one in dear]})
     assert dearer.minus_at_equal_compute("aligned", "sft") is None, "it was not trained that long"
+
+
+def test_arms_that_end_alike_are_told_apart_by_how_soon_they_got_there() -> None:
+    found = findings(sft=[0.3, 0.3, 0.3], aligned=[0.95, 0.95, 0.95], colour=[0.9, 0.9, 0.9])
+    sooner = [
+        replace(one, curve=[{"update": at, "accuracy": 0.9, "chains": 0.0}, *one.curve])
+        for at, one in zip((0, 1, 1), found.taken["colour"], strict=True)
+    ]
+    found = replace(found, taken=found.taken | {"colour": sooner}, against=("sft", "aligned"))
+    sft, aligned, colour = speed(found).splitlines()[2:]
+    assert sft == "| sft | never, never, never |  |  |  |"
+    assert aligned == "| aligned | 2, 2, 2 | 2 |  |  |"
+    # Differences -2, -1, -1: Student's interval of three.
+    assert colour == "| colour | 0, 1, 1 | 1 |  | -1 (-3 to +0) |"
 
 
 def test_seeds_are_paired() -> None:

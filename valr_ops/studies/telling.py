@@ -40,6 +40,10 @@ _FIGURES = {
 """Of a row of the training log (`valr_ops.training.log`): its entries for the teachers, and what it says of slots."""
 
 
+LEARNED = 0.9
+"""Share of right steps by which arms are told apart that all end near 1: the sooner the better."""
+
+
 @dataclass(frozen=True)
 class Findings:
     """The courses of a study; of every arm one a seed, seeds in one order."""
@@ -74,6 +78,11 @@ class Findings:
         long = [one.at(round(update))["accuracy"] for one in self.taken[other]]
         return self.mean(np.subtract(self.shares(arm), long))
 
+    def learned(self, arm: str) -> list[float]:
+        """By seed the first scored update after which `LEARNED` of the steps are right; nan where none is."""
+        reached = [[row["update"] for row in one.curve if row["accuracy"] >= LEARNED] for one in self.taken[arm]]
+        return [min(updates, default=math.nan) for updates in reached]
+
     def mean(self, by_seed: Sequence[float] | npt.NDArray[np.float64]) -> Interval:
         """Over seeds; of one seed alone without ends."""
         if len(by_seed) == 1:
@@ -107,6 +116,7 @@ class Findings:
 def tables(found: Findings) -> dict[str, str]:
     """Markdown by title."""
     written = {"What follows": "\n".join(f"- {one}" for one in sentences(found)), "Arms": _arms(found)}
+    written[f"Updates until {LEARNED:.0%} of the steps are right"] = speed(found)
     if found.having("conditions"):
         written["What the slots are fed"] = _conditions(found)
         written["Segments imposed before every step"] = _segments(found)
@@ -159,6 +169,20 @@ def _arms(found: Findings) -> str:
         equal = None if arm == found.against[0] else found.minus_at_equal_compute(arm, found.against[0])
         rows.append([*row, "" if equal is None else _difference(equal), f"{found.flops(arm):.2f} x"])
     return _table(head, rows)
+
+
+def speed(found: Findings) -> str:
+    """Of every arm `Findings.learned`; means and differences of those whose every seed got there."""
+    rows = []
+    for arm in found.taken:
+        updates = found.learned(arm)
+        row = [arm, ", ".join("never" if math.isnan(update) else f"{update:.0f}" for update in updates)]
+        row.append("" if np.isnan(updates).any() else f"{np.mean(updates):.0f}")
+        for other in found.against:
+            later = np.subtract(updates, found.learned(other))
+            row.append("" if arm == other or np.isnan(later).any() else _updates(found.mean(later)))
+        rows.append(row)
+    return _table(["arm", "by seed", "mean", *(f"minus {other}" for other in found.against)], rows)
 
 
 def _conditions(found: Findings) -> str:
@@ -249,6 +273,12 @@ def _difference(found: Interval) -> str:
     if math.isnan(found.low):
         return points(found.value)
     return f"{points(found.value)} ({points(found.low)} to {points(found.high)})"
+
+
+def _updates(found: Interval) -> str:
+    if math.isnan(found.low):
+        return f"{found.value:+.0f}"
+    return f"{found.value:+.0f} ({found.low:+.0f} to {found.high:+.0f})"
 
 
 # ---------------------------------------------------------------------------------------------------------- plots
