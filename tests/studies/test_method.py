@@ -234,7 +234,7 @@ def test_arms_that_end_alike_are_told_apart_by_how_soon_they_got_there() -> None
     assert sft == "| sft | never, never, never |  |  |  |"
     assert aligned == "| aligned | 2, 2, 2 | 2 |  |  |"
     # Differences -2, -1, -1: Student's interval of three.
-    assert colour == "| colour | 0, 1, 1 | 1 |  | -1 (-3 to +0) |"
+    assert colour == "| colour | 0, 1, 1 | 1 |  | −1 (−3 to +0) |"
 
 
 def test_seeds_are_paired() -> None:

@@ -276,9 +276,8 @@ def _difference(found: Interval) -> str:
 
 
 def _updates(found: Interval) -> str:
-    if math.isnan(found.low):
-        return f"{found.value:+.0f}"
-    return f"{found.value:+.0f} ({found.low:+.0f} to {found.high:+.0f})"
+    value, low, high = (f"{number:+.0f}".replace("-", "−") for number in (found.value, found.low, found.high))
+    return value if math.isnan(found.low) else f"{value} ({low} to {high})"
 
 
 # ---------------------------------------------------------------------------------------------------------- plots
