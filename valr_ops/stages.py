@@ -72,32 +72,41 @@ class Stage:
         Found in the import statements, so that none can be forgotten. What only carries a stage (the recipe's types,
         the store, this table) is left out: it decides no number, and its change must not retrain a model.
         """
-        found: set[Path] = set()
-
-        def visit(module: str) -> None:
-            for path in _files_of(module):
-                if path not in found:
-                    found.add(path)
-                    for imported in _imports(path):
-                        visit(imported)
-
-        start = self.function.split(":")[0]
-        visit(start)
-        carried = start.startswith(_CARRIERS)
-        return tuple(
-            sorted(
-                path.relative_to(_PACKAGE.parent).as_posix()
-                for path in found
-                if carried or not _module_of(path).startswith(_CARRIERS)
-            )
-        )
+        return code_of(self.function.split(":")[0])
 
     def code_digest(self, root: Path) -> str:
         """Twelve hexadecimal digits over the content of `code` below `root`: Dagster's code version."""
-        digest = hashlib.sha256()
-        for file in self.code:
-            digest.update(file.encode() + b"\0" + (root / file).read_bytes())
-        return digest.hexdigest()[:12]
+        return digest_of(self.code, root)
+
+
+def code_of(module: str) -> tuple[str, ...]:
+    """The file of `module` and all that it imports from this package, as `Stage.code` has them."""
+    found: set[Path] = set()
+
+    def visit(module: str) -> None:
+        for path in _files_of(module):
+            if path not in found:
+                found.add(path)
+                for imported in _imports(path):
+                    visit(imported)
+
+    visit(module)
+    carried = module.startswith(_CARRIERS)
+    return tuple(
+        sorted(
+            path.relative_to(_PACKAGE.parent).as_posix()
+            for path in found
+            if carried or not _module_of(path).startswith(_CARRIERS)
+        )
+    )
+
+
+def digest_of(files: Iterable[str], root: Path) -> str:
+    """Twelve hexadecimal digits over the names and the content of `files` below `root`."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.encode() + b"\0" + (root / file).read_bytes())
+    return digest.hexdigest()[:12]
 
 
 _CARRIERS = ("valr_ops.recipe", "valr_ops.store", "valr_ops.stages", "valr_ops.torchvision_guard")

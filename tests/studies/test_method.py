@@ -17,7 +17,7 @@ import pytest
 
 from tests.studies.tiny_study import recipe
 from valr_ops.recipe.recipe import Recipe, RecipeError
-from valr_ops.stages import STAGES
+from valr_ops.stages import STAGES, code_of
 from valr_ops.store.artifacts import StageContext, StageReport, directory_digest
 from valr_ops.store.progress import Progress
 from valr_ops.studies import courses, method
@@ -70,7 +70,7 @@ def test_every_arm_begins_with_the_same_weights_and_every_seed_is_reported(
     ended = [row["alignment/all"] for row in rows if row["arm"] == "aligned" and row["update"] == 2]
     table = text.partition("## What training ended with")[2].partition("##")[0]
     assert f"| aligned | {np.mean(ended):.3f} | " in table and "| latents |  |  | " in table and "| sft |" not in table
-    assert len(list(here.work.glob("*/stage1-*.safetensors"))) == 3, "stage 1 is shared by the arms of a seed"
+    assert len(list(method._kept(here).glob("*/stage1-*.safetensors"))) == 3, "stage 1 is shared by the arms of a seed"
     searched = pq.read_table(here.out / "search_3_steps.parquet").to_pylist()
     assert {(row["arm"], row["seed"]) for row in searched} == {(arm, 0) for arm in ("sft", "latents", "aligned")}
     for name in ("curves.png", "inside.png", "curves.svg", "readings.parquet"):
@@ -98,6 +98,17 @@ def test_an_arm_that_is_trained_longer_is_read_where_the_others_end(made: tuple[
         (there,) = [one["accuracy"] for one in curves if (one["arm"], one["seed"], one["update"]) == ("sft", seed, 2)]
         read = [one["value"] for one in readings if (one["arm"], one["seed"], one["reading"]) == ("sft", seed, "right")]
         assert np.mean(read) == pytest.approx(there)
+
+
+def test_another_study_takes_the_courses_that_both_have(made: tuple[StageContext, StageReport], tmp_path: Path) -> None:
+    here, _ = made
+    told = Told()
+    other = replace(here, stage="encoder_check", out=tmp_path / "out", work=here.work.parent / "other", progress=told)
+    other.out.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(method, "ENCODERS", ("aligned", "sft"))
+        method.build_encoder_check(other)
+    assert told.lines == [], "none is trained"
 
 
 def test_the_quick_form_has_one_seed_and_claims_nothing(made: tuple[StageContext, StageReport], tmp_path: Path) -> None:
@@ -135,7 +146,7 @@ def test_a_course_is_the_same_whatever_is_trained_beside_it(
     here, _ = made
     course = Course("aligned", 2, 1e-3)
     (alone,) = courses.take(here.recipe, [course], tmp_path, Progress(), "alone").values()
-    (beside,) = courses.take(here.recipe, [course], here.work, Progress(), "beside").values()
+    (beside,) = courses.take(here.recipe, [course], method._kept(here), Progress(), "beside").values()
     assert replace(alone, seconds=0.0) == replace(beside, seconds=0.0)
 
 
@@ -147,6 +158,12 @@ def test_another_recipe_takes_other_courses_and_more_seeds_only_those_that_are_m
     assert courses._digest(recipe(**{"study.seeds": [1, 2, 3], "study.quick": False})) == digest
     assert courses._digest(recipe(**{"study.updates": 3})) != digest
     assert courses._digest(recipe(**{"alignment.weight": 0.25})) != digest
+    decide = code_of("valr_ops.studies.courses")
+    assert {"valr_ops/studies/arms.py", "valr_ops/training/objective.py"} <= set(decide)
+    assert not {"valr_ops/studies/telling.py", "valr_ops/studies/method.py"} & set(decide), "tables decide nothing"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(courses, "digest_of", lambda files, root: "of another code")
+        assert courses._digest(here.recipe) != digest
 
 
 def test_a_killed_study_leaves_no_process_and_goes_on_with_what_is_missing(tmp_path: Path) -> None:

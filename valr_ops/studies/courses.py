@@ -3,8 +3,9 @@
 In: the recipe's `study` section and the courses wanted. Out: of each its learning curve, its cost, and its model.
 What stands in for pretraining and stage 1 is done once and shared: every course of a seed begins with the same weights
 and sees the same pictures in the same order.
-Always: a course is one thread and gives the same figures alone or beside others; one that is finished is kept in the
-work folder, so that a killed study goes on with those that are not; clocks are kept apart from figures.
+Always: a course is one thread and gives the same figures alone or beside others; one that is finished is kept, so that
+a killed study goes on with those that are not, and another study, or one whose tables have changed, trains it no more;
+code or recipe that decide a course make it another one; clocks are kept apart from figures.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from valr_ops.model.qwen import make_processor, tiny_model, train_tokenizer
 from valr_ops.recipe.recipe import BaseModelRecipe, Recipe, TrainingRecipe, override
 from valr_ops.recipe.recipe import read as read_recipe
+from valr_ops.stages import code_of, digest_of
 from valr_ops.store.progress import Progress
 from valr_ops.studies.arms import ARMS, TEACHERS, Arm, ArmLoss
 from valr_ops.studies.encoders import Encoder, train_teacher, train_tower
@@ -41,6 +43,7 @@ ensure_torchvision()
 
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor  # noqa: E402
 
+_CHECKOUT = Path(__file__).parents[2]
 STAGE_1 = "stage1"
 SEGMENTS = (0, 1, 2)
 """Imposed before every step."""
@@ -85,7 +88,7 @@ class Taken:
 
 
 def take(recipe: Recipe, courses: Sequence[Course], work: Path, progress: Progress, label: str) -> dict[Course, Taken]:
-    """All `courses`, those of an earlier run of the same recipe among them read from `work`."""
+    """All `courses`; those that `work` holds, by the same code and recipe, are read from there."""
     recipe, work = override(recipe, {"alignment.block": recipe.study.block}), work / _digest(recipe)
     work.mkdir(parents=True, exist_ok=True)
     seeds = sorted({course.seed for course in courses})
@@ -103,6 +106,8 @@ def _digest(recipe: Recipe) -> str:
     values = recipe.model_dump(mode="json", include={"study", "alignment", "runtime"})
     for which in ("seeds", "learning_rates", "chain_steps", "quick"):
         del values["study"][which]
+    values["training"] = _training(recipe, recipe.study.stage1_learning_rate).model_dump(mode="json")
+    values["code"] = digest_of(code_of(__name__), _CHECKOUT)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -189,6 +194,10 @@ def _processor(recipe: Recipe) -> Qwen2_5_VLProcessor:
     return make_processor(tokenizer, BaseModelRecipe(from_scratch=recipe.study.model))
 
 
+def _training(recipe: Recipe, learning_rate: float) -> TrainingRecipe:
+    return TrainingRecipe(learning_rate=learning_rate, projector_learning_rate=recipe.study.projector_learning_rate)
+
+
 def _train(
     course: Course,
     arm: Arm,
@@ -203,7 +212,7 @@ def _train(
     # What is drawn here are the projectors.
     torch.manual_seed(course.seed)
     loss_of = ArmLoss(arm, model, teachers, layout, recipe).to(recipe.runtime.device)
-    training = TrainingRecipe(learning_rate=course.learning_rate, projector_learning_rate=study.projector_learning_rate)
+    training = _training(recipe, course.learning_rate)
     projectors = [] if loss_of.projectors is None else list(loss_of.projectors.parameters())
     groups = parameter_groups(model.parameters(), projectors, training)
     trained = [parameter for group in groups for parameter in group["params"]]
@@ -285,7 +294,8 @@ def _write(taken: Taken, tensors: dict[str, torch.Tensor], work: Path) -> None:
         (_weights(taken.course, work), lambda partial: save_file(_own(tensors), partial)),
         (_figures(taken.course, work), lambda partial: partial.write_text(json.dumps(asdict(taken)))),
     ):
-        partial = path.with_name(f"{path.name}.partial")
+        # Two studies may train the same course at the same time.
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
         write(partial)
         partial.replace(path)
 

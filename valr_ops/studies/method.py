@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -95,9 +96,14 @@ def _take(context: StageContext, arms: Sequence[str], against: Sequence[str]) ->
     seeds = study.seeds[:1] if study.quick else study.seeds
     courses = [Course(arm, seed, best[arm].learning_rate) for arm in arms for seed in seeds]
     taken: dict[str, list[Taken]] = {}
-    for course, one in take(context.recipe, courses, context.work, context.progress, "courses").items():
+    for course, one in take(context.recipe, courses, _kept(context), context.progress, "courses").items():
         taken.setdefault(course.arm, []).append(one)
     return Findings(taken, study, context.recipe.evaluation.confidence, tuple(arm for arm in against if arm in arms))
+
+
+def _kept(context: StageContext) -> Path:
+    """Where courses are: one folder for all studies."""
+    return (context.cache or context.work).parent / "courses"
 
 
 def _report(
@@ -135,7 +141,7 @@ def _search(context: StageContext, arms: Sequence[str]) -> Mapping[str, Course]:
     if study.quick:
         return {arm: Course(arm, study.search_seed, study.stage1_learning_rate) for arm in arms}
     courses = [Course(arm, study.search_seed, rate) for arm in arms for rate in sorted(study.learning_rates)]
-    found = take(context.recipe, courses, context.work, context.progress, "learning rates")
+    found = take(context.recipe, courses, _kept(context), context.progress, "learning rates")
     searched = _curves({arm: [found[one] for one in courses if one.arm == arm] for arm in arms})
     _write_rows(context, f"search_{study.steps}_steps", searched)
     return {
