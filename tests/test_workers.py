@@ -39,16 +39,9 @@ def test_ctrl_c_is_left_to_the_process_that_they_work_for() -> None:
 
 
 def test_what_this_process_ignores_ends_them_all_the_same(tmp_path: Path) -> None:
-    (tmp_path / "parent.py").write_text(
-        "import signal\nfrom valr_ops.workers import workers\n"
-        "if __name__ == '__main__':\n"
-        "    signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-        "    with workers(1, 'time') as pool:\n"
-        "        print(pool.submit(signal.getsignal, signal.SIGTERM).result().name)\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    words = [sys.executable, str(tmp_path / "parent.py")]
-    assert subprocess.check_output(words, env=environment, text=True) == "SIG_DFL\n"
+    asked = "pool.submit(signal.getsignal, signal.SIGTERM).result().name"
+    with _parent(tmp_path, "signal.signal(signal.SIGTERM, signal.SIG_IGN)", f"print({asked})") as parent:
+        assert parent.communicate(timeout=60)[0] == "SIG_DFL\n"
 
 
 def test_one_that_is_killed_is_told_with_the_likely_reason() -> None:
@@ -59,21 +52,24 @@ def test_one_that_is_killed_is_told_with_the_likely_reason() -> None:
 
 
 def test_they_end_where_the_process_that_they_work_for_is_killed(tmp_path: Path) -> None:
-    (tmp_path / "parent.py").write_text(
-        "import os, time\nfrom valr_ops.workers import workers\n"
-        "if __name__ == '__main__':\n"
-        "    with workers(1, 'time') as pool:\n"
-        "        print(pool.submit(os.getpid).result(), flush=True)\n"
-        "        pool.submit(time.sleep, 3600).result()\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    words = [sys.executable, str(tmp_path / "parent.py")]
-    with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True) as parent:
+    sleeping = "print(pool.submit(os.getpid).result(), flush=True); pool.submit(time.sleep, 3600).result()"
+    with _parent(tmp_path, "pass", sleeping) as parent:
         assert parent.stdout is not None
         identity = int(parent.stdout.readline())
         assert _runs(identity)
         parent.kill()
     _wait_for_the_end_of(identity)
+
+
+def _parent(folder: Path, first: str, meanwhile: str) -> subprocess.Popen[str]:
+    """A process that does `first`, and `meanwhile` while another works for it, the only one in `pool`."""
+    (folder / "parent.py").write_text(
+        "import os, signal, time\nfrom valr_ops.workers import workers\n"
+        f"if __name__ == '__main__':\n    {first}\n    with workers(1, 'time') as pool:\n        {meanwhile}\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    words = [sys.executable, str(folder / "parent.py")]
+    return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True)
 
 
 def _wait_for_the_end_of(identity: int) -> None:
