@@ -494,9 +494,10 @@ def add_control_tokens(
 
 
 def _set_new_rows(model: Qwen2_5_VLForConditionalGeneration, used: int, rows: Iterable[int], seed: int) -> None:
-    """Begin with `rows` of the embedding and, if it is not tied, of the head near the mean of the first `used`.
+    """Begin with `rows` of the embedding and, if it is not tied, of the head at random, as spread as the first `used`.
 
-    The noise has a tenth of their standard deviation: equal rows would stay equal at a learning rate of 2e-6.
+    Rows near the mean, which disturb the least, are near each other too, and far from where a learning rate made for
+    the other rows gets them: with a tied table ``<latent>`` cost 6 nats after 20 updates, instead of 0 after 5.
     """
     noise = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -504,7 +505,7 @@ def _set_new_rows(model: Qwen2_5_VLForConditionalGeneration, used: int, rows: It
             known = table[:used].float()
             mean, deviation = known.mean(dim=0), known.std()
             for row in rows:
-                table[row] = (mean + 0.1 * deviation * torch.randn(mean.shape, generator=noise)).to(table.dtype)
+                table[row] = (mean + deviation * torch.randn(mean.shape, generator=noise)).to(table.dtype)
 
 
 def _tables(model: Qwen2_5_VLForConditionalGeneration) -> list[Tensor]:
