@@ -279,7 +279,7 @@ def test_two_builds_of_a_base_model_give_equal_bytes_and_another_seed_other_weig
     assert "&lt;\\|im_start\\|>user" in report.tables["A rendered prompt"]
 
 
-def test_control_tokens_of_a_given_checkpoint_take_spare_rows_as_spread_as_the_others(plain: Path, tmp_path: Path) -> None:
+def test_control_tokens_of_a_checkpoint_take_spare_rows_as_spread_as_the_others(plain: Path, tmp_path: Path) -> None:
     base = {"base.from_scratch": None, "base.path": str(plain)}
     out, _ = build(tmp_path, tiny.recipe(**base))
     before = tiny.model(seed=5).state_dict()
