@@ -9,7 +9,8 @@ only be written after n looks one after another, and a record's target is the ti
     in    a seed and sizes
     out   `Pictures` as arrays, and the `Batch` of them in the layout of training
     always the same arguments give the same pictures; a trail visits no tile twice, and the cells that are asked about
-          are uniform and independent, so nothing but the picture tells a step, and what was said before does not help
+          are uniform and independent, so nothing but the picture tells a step. What was said before helps in one way:
+          it leaves fewer tiles, and of a trail through all of them the last can be told without following a sign
 """
 
 from __future__ import annotations
