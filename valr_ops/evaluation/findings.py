@@ -26,6 +26,8 @@ from valr_ops.evaluation.statistics import (
     StatisticsError,
     bootstrap_interval,
     paired_comparison,
+    percent,
+    points,
     score_interval,
 )
 
@@ -76,10 +78,10 @@ def _attention_sentences(name: str, looked: Sequence[Row], confidence: float) ->
     even_first, even_last = first_and_last(looked, name, "even_image")
     even = mean(even_last) - mean(even_first)
     yield (
-        f"**{name}**: a position of text gives {_percent(mean(first))} of its attention to the image in the first step "
-        f"and {_percent(mean(last))} in the last one, a change of {_points(change.value)} points "
-        f"({_ends(change, _points)}, n = {len(first)} answers with two steps or more; means over heads, blocks and "
-        f"positions). Attention spread evenly would change by {_points(even)} points, because the answer grows."
+        f"**{name}**: a position of text gives {percent(mean(first))} of its attention to the image in the first step "
+        f"and {percent(mean(last))} in the last one, a change of {points(change.value)} points "
+        f"({_ends(change, points)}, n = {len(first)} answers with two steps or more; means over heads, blocks and "
+        f"positions). Attention spread evenly would change by {points(even)} points, because the answer grows."
     )
     if change.high < 0.0:
         than_even = "more than" if change.high < even else "no more than" if change.low <= even else "less than"
@@ -93,11 +95,11 @@ def _attention_sentences(name: str, looked: Sequence[Row], confidence: float) ->
 def _masking_sentences(name: str, masked: Sequence[Row], confidence: float) -> Iterable[str]:
     right, changed = (_by(masked, "image_steps", column, model=name) for column in ("correct", "changed"))
     seen = right[NEVER_HIDDEN]
-    yield f"With its images it has {_percent(mean(seen))} of {len(seen)} items right."
+    yield f"With its images it has {percent(mean(seen))} of {len(seen)} items right."
     for cut in sorted(right.keys() - {NEVER_HIDDEN}):
         when = f"with the images hidden after step {cut}" if cut else "without ever seeing them"
         found = paired_comparison(right[cut], seen, _clusters(masked, image_steps=cut, model=name), confidence)
-        yield f"{when.capitalize()}: {_difference(found)}; {_percent(mean(changed[cut]))} of the answers change."
+        yield f"{when.capitalize()}: {_difference(found)}; {percent(mean(changed[cut]))} of the answers change."
 
 
 def masking_table(masked: Sequence[Row], confidence: float) -> str:
@@ -108,11 +110,11 @@ def masking_table(masked: Sequence[Row], confidence: float) -> str:
         right, changed = (_by(masked, "image_steps", column, model=name) for column in ("correct", "changed"))
         for cut in sorted(right):
             when = {NEVER_HIDDEN: "never", 0: "always"}.get(cut, f"after step {cut}")
-            cells = [name, when, str(len(right[cut])), _percent(mean(right[cut])), "", ""]
+            cells = [name, when, str(len(right[cut])), percent(mean(right[cut])), "", ""]
             if cut != NEVER_HIDDEN:
                 clusters = _clusters(masked, image_steps=cut, model=name)
                 found = paired_comparison(right[cut], right[NEVER_HIDDEN], clusters, confidence)
-                cells[4:] = [_difference(found), _percent(mean(changed[cut]))]
+                cells[4:] = [_difference(found), percent(mean(changed[cut]))]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -156,8 +158,8 @@ def check_sentences(name: str, rows: Sequence[Row], left_out: Sequence[str], con
     right, changed = (_by(rows, "condition", column) for column in ("correct", "changed"))
     normal = right.pop("normal")
     opened = mean([row["segments"] > 0 for row in rows if row["condition"] == "normal"])
-    said = f"**{name}** has {_percent(mean(normal))} of {len(normal)} items right and opens a segment in "
-    said += f"{_percent(opened)} of its answers."
+    said = f"**{name}** has {percent(mean(normal))} of {len(normal)} items right and opens a segment in "
+    said += f"{percent(opened)} of its answers."
     if not opened:
         return [f"{said} It never enters latent mode, so nothing can be put in the latents' place.", *left_out]
     found = {
@@ -165,7 +167,7 @@ def check_sentences(name: str, rows: Sequence[Row], left_out: Sequence[str], con
         for condition, answers in right.items()
     }
     lines = [
-        f"- {FED[condition]}: {_difference(one)}; {_percent(mean(changed[condition]))} of the answers change"
+        f"- {FED[condition]}: {_difference(one)}; {percent(mean(changed[condition]))} of the answers change"
         for condition, one in found.items()
     ]
     compared = f"{len(found)} comparisons with normal, each with an interval of its own:"
@@ -189,7 +191,7 @@ def _verdict(found: Mapping[str, PairedDifference | PairedBootstrap]) -> str:
         return "The slots are needed, but that it matters what they hold is not shown: they may be no more than room."
     return (
         "That the model uses its latents is not shown: no condition is worse than normal beyond noise. The intervals "
-        f"allow a loss of up to {_points(min(one.low for one in found.values()))} points."
+        f"allow a loss of up to {points(min(one.low for one in found.values()))} points."
     )
 
 
@@ -198,11 +200,11 @@ def condition_table(rows: Sequence[Row], confidence: float) -> str:
     right, changed = (_by(rows, "condition", column) for column in ("correct", "changed"))
     lines = ["| slots are fed | n | accuracy | minus normal | answers changed |", "| --- | ---: | ---: | --- | ---: |"]
     for condition, answers in right.items():
-        cells = [f"{condition}: {FED[condition]}", str(len(answers)), _percent(mean(answers)), "", ""]
+        cells = [f"{condition}: {FED[condition]}", str(len(answers)), percent(mean(answers)), "", ""]
         if condition != "normal":
             clusters = _clusters(rows, condition=condition)
             found = paired_comparison(answers, right["normal"], clusters, confidence)
-            cells[3:] = [_difference(found), _percent(mean(changed[condition]))]
+            cells[3:] = [_difference(found), percent(mean(changed[condition]))]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -218,7 +220,7 @@ def draw_latent_check(rows: Sequence[Row], confidence: float) -> Figure:
     panel = figure.subplots()
     names = [
         f"{condition}: {FED[condition]}"
-        + ("" if condition == "normal" else f"\n{_percent(mean(share))} of answers change")
+        + ("" if condition == "normal" else f"\n{percent(mean(share))} of answers change")
         for condition, share in changed.items()
     ]
     reach = [[100 * (one.value - one.low) for one in found], [100 * (one.high - one.value) for one in found]]
@@ -352,15 +354,6 @@ def _means(values: Mapping[int, Sequence[float]], confidence: float) -> dict[int
     return {at: _interval(values[at], confidence) for at in sorted(values)}
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
-
-
-def _points(difference: float) -> str:
-    """Signed percentage points."""
-    return f"{100 * difference:+.1f}".replace("-", "−")
-
-
 def _ends(found: Interval, shown: Callable[[float], str]) -> str:
     if found.method == "no spread":
         return "too few values for an interval"
@@ -369,7 +362,7 @@ def _ends(found: Interval, shown: Callable[[float], str]) -> str:
 
 def _difference(found: PairedDifference | PairedBootstrap) -> str:
     return (
-        f"{_points(found.difference)} points ({found.confidence:.0%}: {_points(found.low)} to {_points(found.high)}, "
+        f"{points(found.difference)} points ({found.confidence:.0%}: {points(found.low)} to {points(found.high)}, "
         f"p = {found.p_value:.2g}, n = {found.n}), {found.verdict}"
     )
 
