@@ -331,8 +331,11 @@ def test_a_store_that_goes_away_in_the_middle_of_an_upload_costs_a_pod_time_only
 def test_training_on_a_machine_that_goes_away_goes_on_on_another(
     store: str, trained_from: dict[str, Path], tmp_path: Path
 ) -> None:
-    undisturbed = Pod(pod.submit(training_request(f"{store}/undisturbed", trained_from)), tmp_path / "1", "stage1_sft")
-    url = pod.submit(training_request(f"{store}/lost", trained_from))
+    # A fast machine makes forty updates in less time than passes between two copies.
+    long = {"stage1.max_updates": 160}
+    whole = training_request(f"{store}/undisturbed", trained_from, **long)
+    undisturbed = Pod(pod.submit(whole), tmp_path / "1", "stage1_sft")
+    url = pod.submit(training_request(f"{store}/lost", trained_from, **long))
     killed = Pod(url, tmp_path / "2", "stage1_sft")
     until(lambda: copied(url))
     killed.kill()
