@@ -12,7 +12,7 @@ from valr_ops.data.batching import IGNORED
 from valr_ops.model.layout import slot_columns
 from valr_ops.model.qwen import make_processor, train_tokenizer
 from valr_ops.recipe.recipe import BaseModelRecipe, StudyRecipe
-from valr_ops.studies.tiles import CELL_PIXELS, CLASSES, CORNERS, SIGN, Layout, along_trail, draw
+from valr_ops.studies.tiles import CELL_PIXELS, CLASSES, CORNERS, SIGN, Layout, along_trail, draw, told_without_signs
 
 
 @functools.cache
@@ -66,6 +66,21 @@ def test_nothing_but_the_picture_tells_an_answer() -> None:
     # The step before says nothing more: within four and a half standard errors of independence.
     together = np.histogram2d(answers[:, 0], answers[:, 1], bins=[np.arange(CLASSES + 1)] * 2)[0] / len(answers)
     assert np.abs(together - np.outer(counts, counts)).max() < 4.5 * np.sqrt(1 / CLASSES**2 / len(answers))
+
+
+@pytest.mark.parametrize(("side", "steps"), [(2, 4), (3, 1), (3, 5), (3, 9)])
+def test_what_is_told_without_a_sign_is_what_the_tiles_left_have_most(side: int, steps: int) -> None:
+    pictures = draw((7,), 8192, side, steps)
+    words = pictures.shown[np.arange(len(pictures)), :, pictures.corner]
+    guessed = np.empty((len(pictures), steps))
+    for step in range(steps):
+        counts = np.zeros((len(pictures), CLASSES))
+        for tile in range(side * side):
+            left = tile == pictures.trail[:, 0] if step == 0 else (tile != pictures.trail[:, :step]).all(1)
+            counts[np.arange(len(pictures)), words[:, tile]] += left
+        guessed[:, step] = counts.argmax(1) == pictures.answers[:, step]
+    # Within four and a half standard errors.
+    assert guessed.mean(0) == pytest.approx(told_without_signs(side * side, steps), abs=4.5 * 0.5 / 8192**0.5)
 
 
 @pytest.mark.parametrize(("slots", "before"), [(None, None), (0, None), (4, None), (4, [2, 0, 1, 3])])

@@ -21,6 +21,7 @@ from valr_ops.evaluation.statistics import Interval, percent, points, t_interval
 from valr_ops.recipe.recipe import StudyRecipe
 from valr_ops.studies.arms import ARMS
 from valr_ops.studies.courses import Taken
+from valr_ops.studies.tiles import told_without_signs
 
 _CONDITIONS = {
     "normal": "their own states",
@@ -40,6 +41,8 @@ _FIGURES = {
 """Of a row of the training log (`valr_ops.training.log`): its entries for the teachers, and what it says of slots."""
 
 
+_WITHOUT_SIGNS = "what is left, without any sign"
+"""Calculated, not trained."""
 LEARNED = 0.9
 """Share of right steps by which arms are told apart that all end near 1: the sooner the better."""
 
@@ -104,6 +107,10 @@ class Findings:
     def having(self, reading: str) -> list[str]:
         """The arms whose models have such a reading."""
         return [arm for arm, courses in self.taken.items() if reading in courses[0].readings]
+
+    def without_signs(self) -> list[float]:
+        """By step, what is right without looking at a sign; calculated."""
+        return told_without_signs(self.study.side**2, self.study.steps)
 
     def shares(self, arm: str) -> list[float]:
         """Of the steps that are right after `study.updates` updates, by seed."""
@@ -232,8 +239,8 @@ def _probes(found: Findings) -> str:
 
 
 def _steps(found: Findings) -> str:
-    steps = range(len(next(iter(found.taken.values()))[0].readings["right"]))
-    rows = []
+    steps = range(found.study.steps)
+    rows = [[_WITHOUT_SIGNS, "right", *map(percent, found.without_signs())]]
     for arm in found.taken:
         for reading, what in (("right", "right"), ("image_attention", "attention on the picture")):
             means = [percent(float(np.mean(found.reading(arm, reading, step)))) for step in steps]
@@ -247,6 +254,8 @@ def chain_tables(by_length: Mapping[int, Findings]) -> dict[str, str]:
     head = ["steps", "arm", "steps right", "by seed", "chains right", *(f"minus {other}" for other in first.against)]
     rows = []
     for length, found in by_length.items():
+        without = percent(float(np.mean(found.without_signs())))
+        rows.append([str(length), _WITHOUT_SIGNS, without, *[""] * (len(head) - 3)])
         for arm in found.taken:
             seeds = ", ".join(f"{share:.3f}" for share in found.shares(arm))
             row = [str(length), arm, _share(found.right(arm)), seeds, _share(found.chains(arm))]
@@ -347,6 +356,8 @@ def draw_chains(by_length: Mapping[int, Findings]) -> Figure:
                 steps = range(1, values.shape[1] + 1)
                 panels[row, column].plot(steps, values.T, color=f"C{number}", linewidth=0.6, alpha=0.4)
                 panels[row, column].plot(steps, values.mean(0), color=f"C{number}", marker="o", markersize=3, label=arm)
+        steps, without = range(1, found.study.steps + 1), 100 * np.array(found.without_signs())
+        panels[0, column].plot(steps, without, ":", color="0.4", label=_WITHOUT_SIGNS)
         panels[0, column].set_title(f"chains of {length}", fontsize="small")
         panels[1, column].set_xlabel("step")
     panels[0, 0].set(ylabel="right, %", ylim=(0, 102))

@@ -10,7 +10,7 @@ only be written after n looks one after another, and a record's target is the ti
     out   `Pictures` as arrays, and the `Batch` of them in the layout of training
     always the same arguments give the same pictures; a trail visits no tile twice, and the cells that are asked about
           are uniform and independent, so nothing but the picture tells a step. What was said before helps in one way:
-          it leaves fewer tiles, and of a trail through all of them the last can be told without following a sign
+          it leaves fewer tiles (`told_without_signs`), and of a trail through all of them the last is told by that
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import numpy.typing as npt
 import PIL.Image
 import PIL.ImageDraw
 import torch
+from numpy.polynomial import Polynomial
 from torch import Tensor
 
 from valr_ops.data.batching import IGNORED, Batch
@@ -107,6 +108,21 @@ def draw(seed: Sequence[int], count: int, side: int, steps: int) -> Pictures:
     rows, columns = cells.shape[1:3]
     pixels = cells.transpose(0, 1, 3, 2, 4, 5).reshape(count, rows * CELL_PIXELS, columns * CELL_PIXELS, 3)
     return Pictures(np.ascontiguousarray(pixels), shown, trail, rng.integers(SIGN + 1, CORNERS, count))
+
+
+def told_without_signs(tiles: int, steps: int) -> list[float]:
+    """By step, the chance of whoever follows no sign and says the word that most of the tiles not yet visited have.
+
+    The question names the first tile; what was said before leaves `tiles` - n for step n + 1.
+    """
+    chances = [1.0]
+    for left in range(tiles - 1, tiles - steps, -1):
+        # The expected number of tiles that have the most common of `left` words, from the coefficients of exponential
+        # generating functions: in how many ways no word stands in more than `most` of them.
+        inverse = [1 / math.factorial(count) for count in range(left)]
+        ways = [(Polynomial(inverse[: most + 1]) ** CLASSES).coef[left] for most in range(1, left)]
+        chances.append(1 - float(sum(ways)) * math.factorial(left) / CLASSES**left / left)
+    return chances[:steps]
 
 
 def _laid_out(by_tile: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
