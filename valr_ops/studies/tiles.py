@@ -122,7 +122,7 @@ def told_without_signs(tiles: int, steps: int) -> list[float]:
         inverse = [1 / math.factorial(count) for count in range(left)]
         ways = [(Polynomial(inverse[: most + 1]) ** CLASSES).coef[left] for most in range(1, left)]
         chances.append(1 - float(sum(ways)) * math.factorial(left) / CLASSES**left / left)
-    return chances[:steps]
+    return chances
 
 
 def _laid_out(by_tile: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
