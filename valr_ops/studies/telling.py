@@ -350,13 +350,13 @@ def draw_chains(by_length: Mapping[int, Findings]) -> Figure:
     figure = Figure(figsize=(2 + 3 * len(by_length), 5.6), layout="constrained")
     panels = figure.subplots(2, len(by_length), sharey="row", squeeze=False)
     for column, (length, found) in enumerate(by_length.items()):
+        steps = range(1, length + 1)
         for number, arm in enumerate(found.taken):
             for row, reading in enumerate(("right", "image_attention")):
                 values = 100 * np.array([one.readings[reading] for one in found.taken[arm]])
-                steps = range(1, values.shape[1] + 1)
                 panels[row, column].plot(steps, values.T, color=f"C{number}", linewidth=0.6, alpha=0.4)
                 panels[row, column].plot(steps, values.mean(0), color=f"C{number}", marker="o", markersize=3, label=arm)
-        steps, without = range(1, found.study.steps + 1), 100 * np.array(found.without_signs())
+        without = 100 * np.array(found.without_signs())
         panels[0, column].plot(steps, without, ":", color="0.4", label=_WITHOUT_SIGNS)
         panels[0, column].set_title(f"chains of {length}", fontsize="small")
         panels[1, column].set_xlabel("step")
