@@ -225,6 +225,27 @@ def test_an_endpoint_is_asked_what_it_did_not_answer_and_a_judge_settles_the_run
     assert (entry["accuracy"], entry["unresolved"]) == (0.0, 3), "without a judge nothing is guessed"
 
 
+def test_a_judge_hears_of_whole_answers_only_and_a_cut_one_counts_as_wrong(tmp_path: Path) -> None:
+    folder, run = tmp_path / "mm_halu", tmp_path / "run"
+    write_benchmark(folder, Drawing("mm_halu", 0, 3, SIZES))
+    asked = [Asked("mm_halu", "mm_halu", str(folder), whole=False)]
+    damaged, *_ = sorted((folder / "images").iterdir())
+    damaged.write_bytes(damaged.read_bytes()[:40])
+    finish = iter(("stop", "length"))
+    model = replace(
+        answerer(lambda prompts: [replace(said("A bus."), finish_reason=next(finish)) for _ in prompts]), name="model"
+    )
+    ask_run(model, asked, run, recipe(), tmp_path / "frames", Progress())
+    with saying(completion("Fine. Rating: 6")) as endpoint:
+        judge = open_judge("judge-1", endpoint.url, run, lambda line: None, price=(0.0, 0.0))
+        scores, _ = score_run(run, recipe(), tmp_path / "frames", judge=judge)
+    (entry,) = scores["benchmarks"].values()
+    assert judge.report()["cases"] == 1
+    assert (entry["n"], entry["cut_off"], entry["unresolved"]) == (2, 1, 1)
+    assert entry["rejected"] == {"image_unreadable": 1}
+    assert (entry["totals"]["hallucination_rate"], entry["totals"]["mean_rating"]) == (0.5, 3.0)
+
+
 def test_a_model_that_can_not_be_asked_is_named(tmp_path: Path) -> None:
     for model, complaint in (
         ("https://api.example.com/v1", "add --served-as"),

@@ -307,20 +307,29 @@ def scored_rows(
         )
     isolated = [isolate(of_item[item.benchmark, item.id].output) for _, item in questions]
     cases = [benchmark.case(item, one.text) for (benchmark, item), one in zip(questions, isolated, strict=True)]
+    whole = [of_item[item.benchmark, item.id].finish_reason == "stop" for _, item in questions]
     return [
         _row(benchmark, item, of_item[item.benchmark, item.id], read, case, scored)
         for (benchmark, item), read, case, scored in zip(
-            questions, isolated, cases, _scored(questions, cases, judge), strict=True
+            questions, isolated, cases, _scored(questions, cases, whole, judge), strict=True
         )
     ]
 
 
-def _scored(questions: Sequence[Question], cases: Sequence[Case], judge: Judge | None) -> Iterator[Scored]:
-    """Scores in order; neighbours of one benchmark are scored together."""
+def _scored(
+    questions: Sequence[Question], cases: Sequence[Case], whole: Sequence[bool], judge: Judge | None
+) -> Iterator[Scored]:
+    """Scores in order; neighbours of one benchmark are scored together, and a judge hears of `whole` answers only."""
     start = 0
     for benchmark, together in itertools.groupby(benchmark for benchmark, _ in questions):
         end = start + sum(1 for _ in together)
-        yield from score(cases[start:end], benchmark.format, benchmark.profile, judge)
+        scores = score(cases[start:end], benchmark.format, benchmark.profile)
+        if judge:
+            judged = [number for number in range(start, end) if whole[number]]
+            settled = score([cases[number] for number in judged], benchmark.format, benchmark.profile, judge)
+            for number, scored in zip(judged, settled, strict=True):
+                scores[number - start] = scored
+        yield from scores
         start = end
 
 
@@ -373,7 +382,11 @@ def summarise(benchmark: Benchmark, rows: Sequence[Mapping[str, Any]], confidenc
     constant, share = majority_answer(comparable)
     # Shown in the words of the data: `true`, where the rules compare truth values.
     answer, _ = majority_answer([row["gold"] for row, one in zip(asked, comparable, strict=True) if one == constant])
-    scores = [Scored(row["score"] * benchmark.full_score, row["extracted"], row["resolved"]) for row in asked]
+    # A cut answer is unresolved for who counts answers that could not be read, and decided as wrong for the totals.
+    scores = [
+        Scored(row["score"] * benchmark.full_score, row["extracted"], row["resolved"] or row["status"] == "cut")
+        for row in asked
+    ]
     cases = [benchmark.case(items[row["id"]], row["isolated"]) for row in asked]
     rejected = Counter(rejection.reason for rejection in benchmark.rejections)
     rejected.update(row["error"].partition(":")[0] for row in rows if row["status"] == "rejected")
