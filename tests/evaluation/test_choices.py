@@ -10,6 +10,7 @@ from valr_ops.evaluation.choices import by_can_infer, can_infer, extract_letter,
 from valr_ops.evaluation.scoring import Case, Scored, ScoringError
 
 OPTIONS = ("left", "right", "above", "below")
+ONE_TEXT = ("(a) Open (b) Closed",)
 
 
 @pytest.mark.parametrize(
@@ -122,6 +123,10 @@ def test_a_very_long_answer_is_read_in_one_pass(unit: str) -> None:
         ("on the right", "B", OPTIONS, True),
         ("A or B", "B", OPTIONS, False),
         ("(C)", "B", OPTIONS, False),
+        ("I see a car on the right.", "A", OPTIONS, False),
+        ("I think that it must be (b), closed", "(b)", ONE_TEXT, True),
+        ("Closed", "(b)", ONE_TEXT, True),
+        ("It is a cat, so closed", "(a)", ONE_TEXT, False),
         ("3.4m", "3.4", (), True),
         ("first 3.4, then 5", "3.4", (), False),
         ("It says EXIT.", "exit", (), True),

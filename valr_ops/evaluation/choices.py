@@ -19,6 +19,7 @@ NO_OPTION = "Z"
 USUAL_LETTERS = "ABCD"
 """The letters of a question whose options are not known."""
 
+_LABEL = re.compile(r"\(([a-z])\)", re.IGNORECASE)
 _GOLD = re.compile(r"\(?([A-Za-z])\)?")
 _PUNCTUATION_TO_SPACE = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
 _API_FAILED = "Failed to obtain answer via API"
@@ -31,6 +32,7 @@ _REFUSALS = (
 # No word boundary after the letter, as in the harness: "answer is clear" reads C.
 _ANSWER_IS = re.compile(r"answer\s+is\s+\**([ABCD])", re.IGNORECASE)
 
+_ARTICLE = re.compile(r"\ba (?=[a-z])")
 _LAST_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 _LETTER_FORMATS = (("({})", 6), ("{}.", 5), ("{}:", 4), ("{})", 3), ("{} ", 2))
@@ -59,6 +61,12 @@ def gold_letter(case: Case) -> str:
         f"case {case.id!r}: gold {case.gold!r} is neither an option's letter, such as B or (B), nor the text of one "
         f"of its {len(case.options)} options; give gold and options as the data set does"
     )
+
+
+def separate(options: Sequence[str]) -> Sequence[str]:
+    """The texts of options that a data set has in one text, ``(a) Open (b) Closed``; others as they are."""
+    stated = " ".join(options) if any(map(_LABEL.search, options)) else ""
+    return tuple(part.strip() for part in _LABEL.split(stated)[2::2]) or options
 
 
 def can_infer(output: str, options: Sequence[str]) -> str | None:
@@ -159,8 +167,10 @@ def read_leniently(case: Case) -> bool:
             return bool(numbers) and float(numbers[-1]) == float(case.gold)
         words = " ".join(case.output.translate(_PUNCTUATION_TO_SPACE).lower().split())
         return f" {case.gold.lower().strip()} " in f" {words} "
-    letters = ascii_uppercase[: len(case.options)] or USUAL_LETTERS
-    return (sole_letter(case.output.upper(), letters)[0] or can_infer_text(case.output, case.options)) == gold
+    options = separate(case.options)
+    letters = ascii_uppercase[: len(options)] or USUAL_LETTERS
+    words = _ARTICLE.sub("", case.output).upper()
+    return (sole_letter(words, letters)[0] or can_infer_text(case.output, options)) == gold
 
 
 def judged(letter: str | None, gold: str) -> Scored:

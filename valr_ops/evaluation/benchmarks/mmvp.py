@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from valr_ops.evaluation.benchmarks import Item, Picture
 from valr_ops.evaluation.benchmarks.folder import Folder
-from valr_ops.evaluation.choices import can_infer, can_infer_letter, gold_letter, judged, mean
+from valr_ops.evaluation.choices import can_infer, can_infer_letter, gold_letter, judged, mean, separate
 from valr_ops.evaluation.scoring import LMMS_EVAL, OFFICIAL, VLMEVALKIT, Case, Scored, ScoringError, Totals
 
 COUNTS = {"": 300}
@@ -33,7 +33,6 @@ CORRECTED = {99: "B", 100: "A", 279: "B", 280: "A"}
 it comes with, and the totals say which labels those were."""
 
 _LETTERS = "AB"
-_LABEL = re.compile(r"\(([a-z])\)", re.IGNORECASE)
 _INDEX = re.compile(r"\d+")
 # In this order; the last one takes any a or b before a blank, such as that of "camera".
 _LETTER_RULES = (
@@ -91,7 +90,7 @@ def _lmms_eval(case: Case) -> Scored:
 
 
 def _vlmevalkit(case: Case) -> Scored:
-    gold, options = _gold(case), _options(case)
+    gold, options = _gold(case), separate(case.options)
     letter = can_infer(case.output, options) if options else can_infer_letter(case.output, _LETTERS)
     return judged(letter, gold) if letter else Scored(0.0, None, resolved=False)
 
@@ -157,9 +156,3 @@ def _index(case: Case) -> int:
             f"case {case.id!r}: no Index in the id, by which MMVP pairs its questions; write it like mmvp_7 or 7"
         )
     return int(numbers[-1])
-
-
-def _options(case: Case) -> tuple[str, ...]:
-    """The texts of the options, which the data set has in one text: ``(a) Open (b) Closed``."""
-    stated = " ".join(case.options) if any(map(_LABEL.search, case.options)) else ""
-    return tuple(part.strip() for part in _LABEL.split(stated)[2::2]) or case.options
