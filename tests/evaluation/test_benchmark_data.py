@@ -10,7 +10,7 @@ import pytest
 
 from tests.evaluation.scenes import context
 from valr_ops.evaluation.benchmark_data import build_benchmarks, changed_benchmarks
-from valr_ops.evaluation.benchmarks import BenchmarkError
+from valr_ops.evaluation.benchmarks import BenchmarkError, Picture
 from valr_ops.evaluation.drawn import Drawing, write_benchmark
 from valr_ops.evaluation.questions import Showing, benchmark_of_recipe
 from valr_ops.evaluation.scoring import BENCHMARKS, score
@@ -48,6 +48,18 @@ def test_the_same_seed_draws_the_same_bytes(tmp_path: Path) -> None:
         build_benchmarks(each)
     one, other = ({p.relative_to(m.out): p.read_bytes() for p in m.out.rglob("*") if p.is_file()} for m in made)
     assert one == other
+
+
+def test_a_damaged_first_picture_is_left_out_of_the_preview(tmp_path: Path) -> None:
+    given = tmp_path / "given"
+    write_benchmark(given, Drawing("vstar", 0, 4, SyntheticRecipe()))
+    asked = at(tmp_path, vstar={"path": str(given), "limit": 4})
+    opened = benchmark_of_recipe("vstar", asked.recipe, asked.out, Showing.of(asked))
+    (shown,) = opened.items[0].images
+    assert isinstance(shown, Picture)
+    (given / shown.file).write_bytes(b"damaged")
+    assert build_benchmarks(asked).summary["benchmarks"] == 1
+    assert (asked.out / "preview.png").is_file()
 
 
 def test_a_given_folder_is_counted_and_noticed_when_it_changes(tmp_path: Path) -> None:

@@ -15,11 +15,13 @@ from tests.evaluation.scenes import context
 from tests.evaluation.test_run import users_folder
 from valr_ops.data.rewriting import ANSWER_CUE, ControlTokens
 from valr_ops.evaluation.benchmarks import BenchmarkError
+from valr_ops.evaluation.drawn import Drawing, write_benchmark
 from valr_ops.evaluation.length_study import build_scaling_curve
 from valr_ops.evaluation.run import build_scores
 from valr_ops.model.answering import generate_answers
 from valr_ops.model.decoding import Grammar, SegmentRules, ValrForConditionalGeneration
 from valr_ops.model.qwen import load_model, save_model
+from valr_ops.recipe.recipe import SyntheticRecipe
 from valr_ops.store.artifacts import StageContext
 
 
@@ -90,6 +92,23 @@ def test_every_budget_meets_the_same_questions(folder: Path, tmp_path: Path) -> 
     assert {path.name for path in at.out.iterdir()} == {"scaling.parquet", "scaling.png", "scaling.svg", "result.md"}
     assert report.summary["benchmarks"] == 1
     assert json.dumps(dict(report.summary))
+
+
+def test_a_damaged_picture_is_left_out_and_a_forced_segment_yields_to_a_budget_of_none(
+    folder: Path, tmp_path: Path
+) -> None:
+    given = tmp_path / "vstar"
+    write_benchmark(given, Drawing("vstar", 0, 4, SyntheticRecipe()))
+    damaged = next(given.rglob("*.jpg"))
+    damaged.write_bytes(damaged.read_bytes()[:40])
+    asked = {"evaluation.benchmarks": {"vstar": {"path": str(given), "limit": 4}}, "evaluation.limit": 4}
+    at = study(folder, tmp_path, **asked, **{"evaluation.force_first_latent": True, "evaluation.study_items": 4})
+    build_scaling_curve(at)
+    rows = [row for row in pq.read_table(at.out / "scaling.parquet").to_pylist() if row["benchmark"] == "vstar"]
+    assert {row["n"] for row in rows if row["control"]} == {3}
+    free = {row["budget"]: row for row in rows if row["control"] == "max_segments"}
+    assert free[0]["mean_decode_steps"] == free[0]["mean_text_tokens"], "no latent where the budget is none"
+    assert free[1]["mean_decode_steps"] > free[1]["mean_text_tokens"]
 
 
 def test_too_few_questions_are_no_study(folder: Path, tmp_path: Path) -> None:

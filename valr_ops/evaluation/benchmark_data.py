@@ -16,6 +16,7 @@ from typing import Any
 
 import PIL.Image
 
+from valr_ops.data.records import BadRecord
 from valr_ops.evaluation.benchmarks import BenchmarkError
 from valr_ops.evaluation.drawn import Drawing, write_benchmark
 from valr_ops.evaluation.questions import Benchmark, Showing, benchmark_of_recipe
@@ -93,10 +94,13 @@ def _first_questions(opened: list[Benchmark]) -> str:
 
 
 def _contact_sheet(opened: list[Benchmark], gap: int = 4) -> PIL.Image.Image:
-    """The first picture of each benchmark, side by side."""
+    """The first picture of each benchmark, side by side; an empty place where it is damaged."""
     sheet = PIL.Image.new("RGB", (gap + len(opened) * (_TILE_PIXELS + gap), _TILE_PIXELS + 2 * gap), "white")
     for number, benchmark in enumerate(opened):
-        pictures, _ = benchmark.prompt(benchmark.items[0])
+        try:
+            pictures, _ = benchmark.prompt(benchmark.items[0])
+        except BadRecord:
+            continue
         if pictures:
             tile = pictures[0]
             scale = _TILE_PIXELS / max(tile.size)

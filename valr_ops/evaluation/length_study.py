@@ -1,7 +1,7 @@
 """Stage `scaling_curve`: VaLR-M at the lengths that it chooses, and at lengths that are imposed on it.
 
 In: the scores of SFT and VaLR-M, VaLR-M itself, and the questions.
-Out: what `valr_ops.evaluation.scaling.write_scaling` writes, for every benchmark with enough questions.
+Out: what `valr_ops.evaluation.scaling.write_scaling` writes, for every benchmark with enough questions. One whose picture is damaged counts as nothing, as in the scores.
 Always: observed lengths come from the scores, over all questions; imposed budgets all meet the same questions. Its
 seconds are measured, so the bytes of this artifact differ from run to run; nothing else in it does.
 """
@@ -40,22 +40,27 @@ def build_scaling_curve(context: StageContext) -> StageReport:
     recipe, confidence = context.recipe, context.recipe.evaluation.confidence
     own, base = (read_predictions(context.inputs[name]) for name in ("scores_valr_m", "scores_sft"))
     least = min(LEAST_ITEMS, recipe.evaluation.limit or LEAST_ITEMS)
-    benchmarks = [one for one in open_benchmarks(context) if len(one.items) >= least]
-    if not benchmarks:
+    shown = {(row["benchmark"], row["id"]) for row in own}
+    asked = [
+        (one, [item for item in one.items if (one.name, item.id) in shown])
+        for one in open_benchmarks(context)
+        if len(one.items) >= least
+    ]
+    if not asked:
         raise BenchmarkError(
             f"no benchmark has {least} questions, and fewer show nothing about lengths; add one to "
             "evaluation.benchmarks"
         )
     observed = [
         observational_bins(_of(own, one), _of(base, one), length, confidence=confidence)
-        for one in benchmarks
+        for one, _ in asked
         for length in ("text_tokens", "decode_steps")
     ]
     subject = open_subject(context.inputs["stage2_valr_m"], recipe)
     imposed: list[ImposedBudgets] = []
     seconds = 0.0
-    for benchmark in benchmarks:
-        items = spread(benchmark.items, recipe.evaluation.study_items)
+    for benchmark, items in asked:
+        items = spread(items, recipe.evaluation.study_items)
         for control, budgets in _budgets(_of(own, benchmark)).items():
             runs = {
                 float(budget): _ask(subject, benchmark, items, {control: budget}, context.progress)
@@ -64,7 +69,7 @@ def build_scaling_curve(context: StageContext) -> StageReport:
             seconds += sum(row["seconds"] for rows in runs.values() for row in rows)
             imposed.append(imposed_budgets(runs, control, confidence))
     tables = write_scaling(context.out, observed, imposed)
-    summary: dict[str, int | float | str] = {"benchmarks": len(benchmarks), "studies": len(observed) + len(imposed)}
+    summary: dict[str, int | float | str] = {"benchmarks": len(asked), "studies": len(observed) + len(imposed)}
     for one in imposed:
         summary |= {
             f"best_{one.control}_{one.benchmark}": one.best,
@@ -102,6 +107,8 @@ def _ask(
             max_new_tokens=limits.max_new_tokens,
             max_segments=bound.get(SEGMENTS, limits.max_segments),
             max_reasoning_tokens=bound.get(TOKENS),
+            # A budget of no segment goes before a segment that is forced.
+            force_first_latent=limits.force_first_latent and bound.get(SEGMENTS) != 0,
             settle=limits.latent_settle,
         )
         predictions += [
