@@ -298,12 +298,20 @@ def test_the_verdict_on_the_latents_follows_from_the_conditions_that_do_harm(wro
     assert conditions.count("differs") == len(wrong_under)
 
 
-def test_what_is_said_of_decay_is_measured_against_attention_spread_evenly() -> None:
+@pytest.mark.parametrize(
+    ("even_at_last", "says"),
+    [
+        (0.2, "fades, more than the growing length alone would make it."),
+        (0.021, "fades; whether by more or less than the growing length alone would make it is not shown."),
+        (0.0, "fades, less than the growing length alone would make it."),
+    ],
+)
+def test_what_is_said_of_decay_is_measured_against_attention_spread_evenly(even_at_last: float, says: str) -> None:
     looked = [
         {"model": "sft", "item": str(item), "step": step, "positions": "text", "last_line": False}
         | {"image": image + item / 1000, "even_image": even}
         for item in range(20)
-        for step, image, even in ((1, 0.5, 0.4), (2, 0.3, 0.3), (3, 0.1 + item / 500, 0.2))
+        for step, image, even in ((1, 0.5, 0.4), (2, 0.3, 0.3), (3, 0.1 + item / 500, even_at_last))
     ]
     masked = [
         {"model": "sft", "item": str(item), "cluster": "", "image_steps": cut}
@@ -312,7 +320,7 @@ def test_what_is_said_of_decay_is_measured_against_attention_spread_evenly() -> 
         for item in range(20)
     ]
     (said,) = decay_sentences(looked, masked, 0.95)
-    assert "Attention to the image fades, more than the growing length alone would make it." in said
+    assert f"Attention to the image {says}" in said
     assert "With its images it has 100.0 % of 20 items right." in said
     assert "Without ever seeing them: −100.0 points" in said
     assert "With the images hidden after step 1: +0.0 points" in said

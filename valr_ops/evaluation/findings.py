@@ -84,8 +84,11 @@ def _attention_sentences(name: str, looked: Sequence[Row], confidence: float) ->
         f"positions). Attention spread evenly would change by {points(even)} points, because the answer grows."
     )
     if change.high < 0.0:
-        than_even = "more than" if change.high < even else "no more than" if change.low <= even else "less than"
-        yield f"Attention to the image fades, {than_even} the growing length alone would make it."
+        alone = "the growing length alone would make it"
+        if change.low <= even <= change.high:
+            yield f"Attention to the image fades; whether by more or less than {alone} is not shown."
+        else:
+            yield f"Attention to the image fades, {'more' if change.high < even else 'less'} than {alone}."
     elif change.low > 0.0:
         yield "Attention to the image rises with the steps."
     else:
