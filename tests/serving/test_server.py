@@ -339,6 +339,8 @@ def test_options_that_make_no_sense_are_refused_by_name():
         options(batch=0)
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ServingError, match="in use"):
         serve(options(port=taken.getsockname()[1]))
+    with pytest.raises(ServingError, match=r"no-such-host\.invalid:0 \([^-(]*\); choose another"):
+        serve(options(host="no-such-host.invalid"))
     with pytest.raises(ArtifactError, match="--model nowhere: neither a folder"):
         serve(options(model="nowhere"))
 

@@ -8,6 +8,7 @@ Always: only loopback listens unless another host is typed; after SIGTERM or Ctr
 from __future__ import annotations
 
 import asyncio
+import errno
 import ipaddress
 import json
 import os
@@ -164,9 +165,12 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=256)
     except (OSError, OverflowError) as error:
-        why = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
+        # Python adds the address that it tried, which stands before it here.
+        why = str(getattr(error, "strerror", error)).partition(" (while ")[0]
+        taken = getattr(error, "errno", None) == errno.EADDRINUSE
         raise ServingError(
-            f"can't listen on {host}:{port} ({why}); stop what uses it, or choose another: --host, --port"
+            f"can't listen on {host}:{port} ({why}); {'stop what uses it, or ' if taken else ''}choose another: "
+            "--host, --port"
         ) from None
 
 
