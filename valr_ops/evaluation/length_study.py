@@ -1,9 +1,9 @@
 """Stage `scaling_curve`: VaLR-M at the lengths that it chooses, and at lengths that are imposed on it.
 
 In: the scores of SFT and VaLR-M, VaLR-M itself, and the questions.
-Out: what `valr_ops.evaluation.scaling.write_scaling` writes, for every benchmark with enough questions. One whose picture is damaged counts as nothing, as in the scores.
-Always: observed lengths come from the scores, over all questions; imposed budgets all meet the same questions. Its
-seconds are measured, so the bytes of this artifact differ from run to run; nothing else in it does.
+Out: what `valr_ops.evaluation.scaling.write_scaling` writes, for every benchmark with enough questions.
+Always: observed lengths come from the scores, over all questions that could be shown; imposed budgets all meet the same
+ones of these. Its seconds are measured, so the bytes of this artifact differ from run to run; nothing else in it does.
 """
 
 from __future__ import annotations
