@@ -162,6 +162,32 @@ def test_a_benchmark_that_can_not_be_read_stops_the_run(tmp_path: Path) -> None:
             read_benchmarks(settings)
 
 
+@pytest.mark.parametrize("linked", ["deep/x.PNG", "scenes.txt", "more"])
+def test_a_linked_benchmark_file_that_would_be_left_out_stops_the_run(
+    benchmark: DataRecipe, tmp_path: Path, linked: str
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    link = tmp_path / "bench" / linked
+    link.unlink(missing_ok=True)
+    link.symlink_to(tmp_path / "elsewhere" if linked == "more" else tmp_path / "elsewhere" / "file")
+    with pytest.raises(SourceError, match=rf"'vsi': {linked}/? is a link.*cp -rL.*data\.benchmarks\.vsi\.path"):
+        read_benchmarks(benchmark)
+
+
+def test_a_link_to_what_no_record_is_compared_with_stops_nothing(benchmark: DataRecipe, tmp_path: Path) -> None:
+    (tmp_path / "bench" / "README.md").symlink_to(tmp_path / "nothing.md")
+    assert len(read_benchmarks(benchmark).images) == 1
+
+
+def test_a_list_of_a_benchmark_is_utf_8_with_or_without_a_mark(benchmark: DataRecipe, tmp_path: Path) -> None:
+    scenes = tmp_path / "bench" / "scenes.txt"
+    scenes.write_text("scannet/scene0011_00\n", encoding="utf-8-sig")
+    assert set(read_benchmarks(benchmark).scenes) == {"scannet/scene0011_00"}
+    scenes.write_text("scannet/scene0011_00\n", encoding="utf-16")
+    with pytest.raises(SourceError, match=r"'vsi': scenes\.txt is not UTF-8"):
+        read_benchmarks(benchmark)
+
+
 @pytest.mark.parametrize(
     ("license", "non_commercial_ok", "commercial"),
     [

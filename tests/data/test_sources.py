@@ -180,6 +180,40 @@ def test_a_link_that_leaves_the_folder_is_refused_and_one_inside_is_followed(tmp
     assert isinstance(loop, Rejection) and loop.reason == "image_missing"
 
 
+@pytest.mark.parametrize("linked", ["config/train-1.parquet", "config"])
+def test_a_linked_file_or_folder_that_would_be_left_out_stops_the_run(tmp_path: Path, linked: str) -> None:
+    zebra(tmp_path / "elsewhere", [zebra_row()], "config/train-1.parquet")
+    root = zebra(tmp_path / "source", [zebra_row()], "train-0.parquet")
+    (root / linked).parent.mkdir(exist_ok=True)
+    (root / linked).symlink_to(tmp_path / "elsewhere" / linked)
+    with pytest.raises(SourceError, match=rf"'mine': {linked}/? is a link.*cp -rL.*data\.sources\.mine\.path"):
+        items(root, "zebra_cot")
+    assert sources.format_of(str(root)) == "zebra_cot"
+
+
+def test_of_a_jsonl_source_only_a_linked_annotation_file_stops_the_run(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "train.jsonl").write_text("{}")
+    root = jsonl_source(tmp_path / "source", test=[row(0)])
+    (root / "other").symlink_to(tmp_path / "elsewhere")
+    (root / "other.jsonl").symlink_to(tmp_path / "elsewhere" / "train.jsonl")
+    assert len(items(root, "jsonl")) == 1
+    (root / "train.jsonl").symlink_to(tmp_path / "elsewhere" / "train.jsonl")
+    with pytest.raises(SourceError, match=r"train\.jsonl is a link"):
+        items(root, "jsonl")
+
+
+def test_a_folder_of_links_alone_still_tells_its_format(tmp_path: Path) -> None:
+    zebra(tmp_path / "blobs", [zebra_row()], "0123")
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "snapshot" / "train-0.parquet").symlink_to(tmp_path / "blobs" / "0123")
+    assert sources.format_of(str(tmp_path / "snapshot")) == "zebra_cot"
+    with pytest.raises(SourceError, match=r"train-0\.parquet is a link"):
+        items(tmp_path / "snapshot", "zebra_cot")
+    # Where the files lie in the same folder, as in a hub's cache, links to them are followed.
+    assert [type(item) for item in items(tmp_path, "zebra_cot")] == [Record]
+
+
 def test_control_tokens_in_a_text_are_escaped_so_that_no_record_opens_a_segment(tmp_path: Path) -> None:
     steps = [{"text": "<|IMAGE_PAD|> and </latent>", "image": 0}]
     record = read_one(tmp_path, row(question="now <latent> then", answer="a < b<|im_end|>", steps=steps))

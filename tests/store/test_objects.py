@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from boto3.exceptions import S3UploadFailedError
-from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError
+from botocore.exceptions import ClientError, CredentialRetrievalError, EndpointConnectionError, NoCredentialsError
 
 from valr_ops.store.objects import (
     Cache,
@@ -47,6 +47,16 @@ def test_names_are_sorted_and_leave_out_what_is_hidden_or_leads_out(folder: Path
     files = LocalFiles(folder)
     assert files.names() == ["a.png", "c.json", "deep/b.json", "inside.json"]
     assert files.names(".json", ".jsonl") == ["c.json", "deep/b.json", "inside.json"]
+
+
+def test_links_that_no_reader_follows_are_told_apart_from_what_is_not_there(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    for name, target in (("out", tmp_path / "elsewhere"), ("hid", folder / ".hidden"), ("in", folder / "deep")):
+        (folder / "deep" / name).symlink_to(target)
+    (folder / "dead.png").symlink_to(folder / "nothing.png")
+    files = LocalFiles(folder)
+    assert files.listed() == (files.names(), ["dead.png", "deep/hid/", "deep/out/", "link.json"])
+    assert files.listed(".json") == (files.names(".json"), ["deep/hid/", "deep/out/", "link.json"])
 
 
 ESCAPES = ["/etc/passwd", "../outside.json", "deep/../../outside.json", "C:\\x", "a\0b", "link.json"]
@@ -224,7 +234,8 @@ def test_an_object_that_is_replaced_while_it_is_read_is_noticed(store: tuple[S3F
         (client_error("AccessDenied"), "access denied.*AWS_SECRET_ACCESS_KEY"),
         (client_error("NoSuchBucket"), "no such bucket"),
         (client_error("SlowDown"), "answered SlowDown"),
-        (NoCredentialsError(), "no credentials; set AWS_ACCESS_KEY_ID"),
+        (NoCredentialsError(), "no credentials .*; set AWS_ACCESS_KEY_ID"),
+        (CredentialRetrievalError(provider="sso", error_msg="expired"), r"no credentials .*expired\); set AWS"),
         (EndpointConnectionError(endpoint_url="http://127.0.0.1:1"), "can't be reached.*AWS_ENDPOINT_URL"),
     ],
 )
@@ -236,6 +247,30 @@ def test_what_the_store_refuses_is_said_with_the_way_to_mend_it(
     for call in (files.names, lambda: files.read("a.png", 10), lambda: files.open("a.png")):
         with pytest.raises(StorageError, match=message):
             call()
+
+
+@pytest.mark.parametrize(
+    ("bucket", "settings", "message"),
+    [
+        ("bucket", {"AWS_SECRET_ACCESS_KEY": None}, "no credentials .*missing: AWS_SECRET_ACCESS_KEY.*; set AWS"),
+        ("bucket", {"AWS_PROFILE": "typo"}, r"no credentials .*\(typo\).*; set .*AWS_PROFILE"),
+        ("My Bucket!", {}, r"s3://My Bucket!/a\.png is no name that S3 allows.*correct the location"),
+        ("bucket", {"AWS_ENDPOINT_URL": "127.0.0.1:1"}, "AWS_ENDPOINT_URL must begin with http://"),
+    ],
+)
+def test_wrong_settings_are_no_outage(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bucket: str, settings: dict[str, str | None], message: str
+) -> None:
+    right = {"AWS_ENDPOINT_URL": "http://127.0.0.1:1", "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+    files = {name: str(tmp_path / name) for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE")}
+    for name in {name for name in os.environ if name.startswith("AWS_")}:
+        monkeypatch.delenv(name)
+    for name, value in {**right, **files, "AWS_EC2_METADATA_DISABLED": "true", **settings}.items():
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    with pytest.raises(StorageError, match=message) as said:
+        S3Files(f"s3://{bucket}").stamp("a.png")
+    assert not isinstance(said.value, UnreachableError), "it would be asked again for minutes"
 
 
 def test_an_object_is_written_once_or_again_as_asked(store: tuple[S3Files, Client], tmp_path: Path) -> None:

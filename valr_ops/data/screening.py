@@ -25,9 +25,10 @@ from valr_ops.data.images import ImageLimits, read_image
 from valr_ops.data.likeness import NO_LOOK, Looks, alike, as_looks, look_of, pairs_alike
 from valr_ops.data.records import BadRecord, Record, SourceError
 from valr_ops.recipe.recipe import DataRecipe
-from valr_ops.store.objects import Files, StorageError, open_files
+from valr_ops.store.objects import Files, StorageError, open_files, refuse_links
 
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+_LISTS = {"scenes.txt", "questions.txt"}
 _MAX_LIST_BYTES = 64 * 2**20
 _WORDS = re.compile(r"\w+")
 
@@ -172,7 +173,8 @@ def read_benchmarks(recipe: DataRecipe) -> Benchmarks:
     """Images, scenes and questions below the folders that the recipe names.
 
     Raises:
-        SourceError: a folder that is missing, holds none of the three, or an image that can't be decoded.
+        SourceError: a folder that is missing or holds none of the three, a link that would be left out, an image that
+            can't be decoded, or a list that is not UTF-8.
     """
     images: dict[bytes, str] = {}
     looks = bytearray()
@@ -181,9 +183,11 @@ def read_benchmarks(recipe: DataRecipe) -> Benchmarks:
     for name, benchmark in recipe.benchmarks.items():
         files = open_files(benchmark.path)
         try:
-            names = files.names()
+            names, left_out = files.listed()
+            useful = (*_IMAGE_SUFFIXES, "/")
+            refuse_links(files.location, [one for one in left_out if one.lower().endswith(useful) or one in _LISTS])
             pictures = [one for one in names if one.lower().endswith(_IMAGE_SUFFIXES)]
-            if not pictures and not {"scenes.txt", "questions.txt"} & set(names):
+            if not pictures and not _LISTS & set(names):
                 raise StorageError(f"{benchmark.path} holds no image, no scenes.txt and no questions.txt")
             with ThreadPoolExecutor(os.cpu_count()) as threads:
                 looked_at = threads.map(partial(_looked_at, files, recipe), pictures)
@@ -209,7 +213,11 @@ def _looked_at(files: Files, recipe: DataRecipe, name: str) -> tuple[bytes, byte
 def _lines(files: Files, name: str, names: Sequence[str]) -> list[str]:
     if name not in names:
         return []
-    text = files.read(name, _MAX_LIST_BYTES).decode("utf-8", errors="strict")
+    try:
+        # A byte order mark is no part of the first line.
+        text = files.read(name, _MAX_LIST_BYTES).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise StorageError(f"{name} is not UTF-8 (byte {error.start})") from None
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 

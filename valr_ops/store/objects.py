@@ -19,7 +19,7 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, ParamSpec, Protocol, TypeVar
@@ -110,11 +110,14 @@ class Files(Protocol):
     def names(self, *suffixes: str) -> list[str]:
         """Sorted names of all files at any depth that end in one of `suffixes` (all files without one).
 
-        Hidden files, and links that leave the location, are left out.
+        Hidden files, links that leave the location, and linked folders are left out.
 
         Raises:
             StorageError: the location does not exist or can't be listed.
         """
+
+    def listed(self, *suffixes: str) -> tuple[list[str], list[str]]:
+        """`names`, and the sorted links whose files are not among them; a linked folder, of any name, ends in ``/``."""
 
     def stamp(self, name: str) -> Stamp:
         """The state of a file. Raises `StorageError` as `open`."""
@@ -141,6 +144,15 @@ def open_files(location: str | Path) -> Files:
     return LocalFiles(Path(location))
 
 
+def refuse_links(location: str, left_out: Sequence[str]) -> None:
+    """Stop where data would vanish. Raises `StorageError` that names the first of the links that were left out."""
+    if left_out:
+        raise StorageError(
+            f"{left_out[0]} is a link, and what it leads to is not among the files of {location}; put a copy in its "
+            "place (cp -rL), or give a folder that holds both"
+        )
+
+
 def is_remote(location: str | Path) -> bool:
     """Whether a location is read over the network."""
     return str(location).startswith("s3://")
@@ -155,11 +167,19 @@ class LocalFiles:
         self._resolved = root.resolve()
 
     def names(self, *suffixes: str) -> list[str]:
+        return self.listed(*suffixes)[0]
+
+    def listed(self, *suffixes: str) -> tuple[list[str], list[str]]:
         if not self.root.is_dir():
             raise StorageError(f"{self.root} {'is no folder' if self.root.exists() else 'does not exist'}")
-        found = []
+        found, left_out = [], []
         for folder, folders, files in os.walk(self.root):
             folders[:] = [name for name in folders if not name.startswith(".")]
+            for name in folders:
+                path = Path(folder, name)
+                # Nothing is lost where the walk comes to the same folder by its own name.
+                if path.is_symlink() and not self._visits(path.resolve()):
+                    left_out.append(f"{path.relative_to(self.root).as_posix()}/")
             for name in files:
                 path = Path(folder, name)
                 # What stands before the name counts as well: "/train.json" asks for one in some folder.
@@ -167,9 +187,18 @@ class LocalFiles:
                 if name.startswith(".") or (suffixes and not relative.endswith(suffixes)):
                     continue
                 # A link is listed only if a reader would follow it.
-                if path.is_file() and (not path.is_symlink() or path.resolve().is_relative_to(self._resolved)):
+                linked = path.is_symlink()
+                if path.is_file() and (not linked or path.resolve().is_relative_to(self._resolved)):
                     found.append(relative)
-        return sorted(found)
+                elif linked:
+                    left_out.append(relative)
+        return sorted(found), sorted(left_out)
+
+    def _visits(self, folder: Path) -> bool:
+        """Whether `listed` walks through it."""
+        if not folder.is_relative_to(self._resolved):
+            return False
+        return not any(part.startswith(".") for part in folder.relative_to(self._resolved).parts)
 
     def stamp(self, name: str) -> Stamp:
         status = self.path(name).stat()
@@ -229,6 +258,9 @@ class S3Files:
         names = [key.removeprefix(self._prefix) for key in keys]
         shown = [name for name in names if not any(part.startswith(".") or not part for part in name.split("/"))]
         return sorted(name for name in shown if not suffixes or name.endswith(suffixes))
+
+    def listed(self, *suffixes: str) -> tuple[list[str], list[str]]:
+        return self.names(*suffixes), []
 
     def stamp(self, name: str) -> Stamp:
         with self._named(name):
@@ -332,7 +364,15 @@ class _s3_errors_named:
         if error is None or isinstance(error, StorageError):
             return
         from boto3.exceptions import S3UploadFailedError
-        from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+        from botocore.exceptions import (
+            BotoCoreError,
+            ClientError,
+            CredentialRetrievalError,
+            NoCredentialsError,
+            ParamValidationError,
+            PartialCredentialsError,
+            ProfileNotFound,
+        )
 
         if isinstance(error, S3UploadFailedError):
             error = error.__context__
@@ -353,9 +393,21 @@ class _s3_errors_named:
             if status >= 500 or code in _PASSING:
                 raise UnreachableError(f"{self.shown}: the store answered {code}; run the same command again") from None
             raise StorageError(f"{self.shown}: the store answered {code}") from None
-        if isinstance(error, NoCredentialsError):
+        # Waiting mends none of these settings.
+        if isinstance(error, NoCredentialsError | PartialCredentialsError | CredentialRetrievalError | ProfileNotFound):
             raise StorageError(
-                f"{self.shown}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+                f"{self.shown}: no credentials ({error}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
+                "AWS_PROFILE to a profile that has them"
+            ) from None
+        if isinstance(error, ParamValidationError):
+            raise StorageError(
+                f"{self.shown} is no name that S3 allows; a bucket has letters, digits, dots and hyphens only: correct "
+                "the location"
+            ) from None
+        if isinstance(error, ValueError) and str(error).startswith("Invalid endpoint"):
+            raise StorageError(
+                f"{self.shown}: the store has no valid address; AWS_ENDPOINT_URL must begin with http:// or https://, "
+                "as in http://127.0.0.1:8333"
             ) from None
         if isinstance(error, BotoCoreError):
             raise UnreachableError(

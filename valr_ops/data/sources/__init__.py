@@ -170,9 +170,12 @@ def format_of(location: str) -> str:
     if not is_remote(location) and not path.exists():
         raise SourceError(f"{location} does not exist; give a folder with train.jsonl, or a .jsonl file")
     try:
-        names = [path.name] if path.is_file() else Reading.of("data", location, DataRecipe(), _ANY).files.names()
+        files = Reading.of("data", location, DataRecipe(), _ANY).files
+        found, left_out = ([path.name], []) if path.is_file() else files.listed()
     except StorageError as error:
         raise SourceError(str(error)) from None
+    # A link that is left out still tells the format, and its reader then names it.
+    names = [*found, *left_out]
     tests = (
         ("jsonl", lambda name: name.endswith(".jsonl") and "/" not in name),
         ("onethinker", lambda name: name.rsplit("/", 1)[-1].startswith("onethinker") and name.endswith(".json")),
@@ -187,8 +190,8 @@ def format_of(location: str) -> str:
         if any(map(fits, names)):
             return format_name
     raise SourceError(
-        f"{location} holds no .jsonl, .json, .parquet or .tar file; give a folder with train.jsonl, a .jsonl file, or "
-        "one of the public layouts"
+        f"{location} holds no .jsonl, .json, .parquet or .tar file (linked folders are not followed); give a folder "
+        "with train.jsonl, a .jsonl file, or one of the public layouts"
     )
 
 

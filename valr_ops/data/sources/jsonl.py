@@ -30,7 +30,7 @@ from valr_ops.data.records import (
     shortened,
 )
 from valr_ops.data.sources.reading import Reading, Row, Wanted, json_lines, required
-from valr_ops.store.objects import StorageError
+from valr_ops.store.objects import StorageError, refuse_links
 
 LICENSE = "unknown"
 """Of a record that names none."""
@@ -55,16 +55,18 @@ def annotation_files(reading: Reading) -> dict[Split, str]:
     """The files to read, by split.
 
     Raises:
-        SourceError: there is none.
+        SourceError: there is none, or one is a link that would be left out.
     """
     if reading.only is not None:
         stem = reading.only.removesuffix(".jsonl")
         return {next((split for split in SPLITS if split == stem), "train"): reading.only}
+    wanted = {split: f"{split}.jsonl" for split in SPLITS}
     try:
-        there = reading.files.names(".jsonl")
+        there, left_out = reading.files.listed(".jsonl")
+        refuse_links(reading.files.location, [name for name in wanted.values() if name in left_out])
     except StorageError as error:
         raise SourceError(f"source {reading.source!r}: {error}; {reading.mend}") from None
-    found = {split: f"{split}.jsonl" for split in SPLITS if f"{split}.jsonl" in there}
+    found = {split: name for split, name in wanted.items() if name in there}
     if not found:
         shown = ", ".join(reading.files.names()[:8]) or "nothing"
         raise SourceError(

@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 from valr_ops.data.images import ImageLimits, check_image, read_bytes, read_image
 from valr_ops.data.records import BadRecord, Image, Record, SourceError, Split, Step, check_record, shortened
 from valr_ops.recipe.recipe import DataRecipe, SourceRecipe
-from valr_ops.store.objects import EscapeError, Files, StorageError, checked, open_files
+from valr_ops.store.objects import EscapeError, Files, StorageError, checked, open_files, refuse_links
 
 MAX_ROW_BYTES = 32 * 2**20
 """Of one line or element of JSON, and of one metadata member of a tar; more is no record."""
@@ -133,17 +133,18 @@ class Reading:
         """Names of the source's files with one of these endings, sorted.
 
         Raises:
-            SourceError: there is none, or the location can't be listed.
+            SourceError: there is none, a link to one would be left out, or the location can't be listed.
         """
         if self.only is not None:
             found = [self.only] if self.only.endswith(suffixes) else []
         else:
             try:
-                found = self.files.names(*suffixes)
+                found, left_out = self.files.listed(*suffixes)
+                if not deep:
+                    found, left_out = ([name for name in names if "/" not in name] for names in (found, left_out))
+                refuse_links(self.files.location, left_out)
             except StorageError as error:
                 raise SourceError(f"source {self.source!r}: {error}; {self.mend}") from None
-            if not deep:
-                found = [name for name in found if "/" not in name]
         if not found:
             raise SourceError(
                 f"source {self.source!r}: no {' or '.join(suffixes)} file in {self.files.location}; {self.mend}"
