@@ -136,6 +136,14 @@ def test_a_source_that_loses_too_much_stops_the_run_and_names_the_reasons(tmp_pa
     assert len((tmp_path / "cot_corpus.work" / "rejects.jsonl").read_text().splitlines()) == 6
 
 
+def test_a_source_that_loses_too_much_to_the_matching_stops_the_run_too(tmp_path: Path) -> None:
+    rows = [*(views(number, [1, None]) for number in range(4)), *(row(number) for number in (6, 7, 8))]
+    folder = jsonl_source(tmp_path / "mine", train=rows)
+    with pytest.raises(CurationError, match=r"keeps 3 of 7 train .*step_match_missing 4 \(first: train.jsonl line 1"):
+        built(tmp_path, given(folder, {"matching": {"unmatched": "reject"}}))
+    assert len((tmp_path / "cot_corpus.work" / "rejects.jsonl").read_text().splitlines()) == 4
+
+
 def test_a_corpus_without_training_records_stops_the_run(tmp_path: Path) -> None:
     folder = jsonl_source(tmp_path / "mine", test=[row(0)])
     with pytest.raises(CurationError, match="no source has a training record left: mine"):
@@ -272,6 +280,16 @@ def test_one_group_alone_is_not_taken_and_a_fraction_of_zero_takes_nothing() -> 
     assert validation_rows(apart, [False] * 10, 0.0, 0) == set()
     assert len(validation_rows(apart, [False] * 10, 0.01, 0)) == 1
     assert validation_rows(["a", "a", "b"], [True, False, False], 0.0, 0) == {0, 1}
+
+
+def test_where_every_group_is_larger_than_the_fraction_the_smallest_is_taken() -> None:
+    groups = [f"g{number // 10}" for number in range(100)]
+    drawn = {seed: validation_rows(groups, [False] * 100, 0.05, seed) for seed in range(5)}
+    assert {len({groups[place] for place in chosen}) for chosen in drawn.values()} == {1}
+    assert len({min(chosen) for chosen in drawn.values()}) > 1, "of equal ones the seed decides"
+    assert validation_rows([*groups, *["small"] * 7], [False] * 107, 0.05, 0) == set(range(100, 107))
+    given = [place == 5 for place in range(100)]
+    assert validation_rows(groups, given, 0.05, 0) == set(range(10)), "what is given is enough"
 
 
 @pytest.mark.usefixtures("unchecked")

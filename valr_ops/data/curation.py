@@ -123,10 +123,12 @@ def build_cot_corpus(context: StageContext) -> StageReport:
     rows = _read(context, scratch)
     rows.reasons = decide(rows.keys, recipe.data, benchmarks)
     rejected = _Rejects(context.work / "rejects.jsonl")
+    # Before anything is asked of an endpoint, and again after what it answered.
     _refuse_losses(rows, rejected, recipe)
     # Capped first, so that nobody is asked about a record that will not stay.
     _cap(rows, recipe)
     _match(rows, open_matcher(recipe.data.matching, context.cache or context.work, progress.say), progress)
+    _refuse_losses(rows, rejected, recipe)
     _split(rows, recipe.data.validation_fraction, recipe.seed)
     first, counts = _write(rows, context.out, progress)
     rejected.count_into(rows, counts)
@@ -268,7 +270,8 @@ def validation_rows(groups: Sequence[str], given: Sequence[bool], fraction: floa
     """Places of the validation records.
 
     A group is never torn. Groups are taken in an order that depends on the seed and their names only, until `fraction`
-    of the records is reached; a group with a record that came from a validation file is on that side and counts.
+    of the records is reached; a group with a record that came from a validation file is on that side and counts. Where
+    every group is larger than that, the smallest one is taken.
 
     Args:
         groups: name of each record's group.
@@ -281,9 +284,12 @@ def validation_rows(groups: Sequence[str], given: Sequence[bool], fraction: floa
         members[group].append(place)
     chosen = {place for places in members.values() if any(given[place] for place in places) for place in places}
     wanted = max(1, round(fraction * len(groups))) if fraction > 0 and len(members) > 1 else 0
-    for group in sorted(members, key=lambda group: _draw(seed, group)):
+    drawn = sorted(members, key=lambda group: _draw(seed, group))
+    for group in drawn:
         if members[group][0] not in chosen and len(chosen) + len(members[group]) <= wanted:
             chosen.update(members[group])
+    if wanted and not chosen:
+        chosen.update(members[min(drawn, key=lambda group: len(members[group]))])
     return chosen
 
 
@@ -401,7 +407,7 @@ class _Rejects:
 
 
 def _refuse_losses(rows: _Rows, rejected: _Rejects, recipe: Recipe) -> None:
-    """Stop where a reader is probably wrong, before anything is asked of an endpoint.
+    """Stop where a reader, or what matches steps to images, is probably wrong.
 
     Raises:
         SourceError: a source without any row. CurationError: one that keeps too little.
@@ -426,7 +432,7 @@ def _refuse_losses(rows: _Rows, rejected: _Rejects, recipe: Recipe) -> None:
                 raise CurationError(
                     f"source {name!r} keeps {count.kept} of {count.read} {split} records, less than "
                     f"data.min_kept_fraction={least}: {reasons}. All rejections are in {rejected.path}; correct the "
-                    "source, its format, or the bound that rejects them"
+                    "source, its format, or what in the recipe rejects them"
                 )
 
 
