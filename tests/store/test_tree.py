@@ -223,6 +223,17 @@ def test_a_version_that_the_lock_has_forgotten_is_followed_through_mlflow(
     assert versions["cot_corpus", old_corpus].inputs == {"sources": old_source}
     assert versions["cot_corpus", old_corpus].summary is None, "what lies in the folder is another version"
     assert any(line.startswith("how sources@2222222222 was made") for line in lineage.missing)
+    (line,) = (line for line in lineage.missing if line.startswith("what is in cot_corpus@1111111111"))
+    assert f"first check out the commit of dvc.lock that brought it (git log --reverse -S{old_corpus}" in line
+    assert line.endswith("dvc fetch cot_corpus")
+
+
+def test_what_is_made_on_request_is_fetched_by_the_name_that_dvc_knows(project: Path) -> None:
+    lock = yaml.safe_load((project / "dvc.lock").read_text())
+    lock["stages"]["stage2_ablation@a"] = {"outs": [{"path": "x", "md5": "9" * 32 + ".dir"}]}
+    (project / "dvc.lock").write_text(yaml.safe_dump(lock))
+    missing = tree.trace(project, "stage2_ablation@a").missing
+    assert any(line.endswith("dvc pull ablation/dvc.yaml:stage2_ablation@a") for line in missing)
 
 
 def test_what_lies_in_the_folder_now_changes_nothing(project: Path) -> None:

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.text import Text
 from rich.tree import Tree
 
-from valr_ops.stages import RECIPE_FILE, UnknownStageError, stage
+from valr_ops.stages import RECIPE_FILE, UnknownStageError, dvc_target, stage
 from valr_ops.store.artifacts import ArtifactError, Ledger
 from valr_ops.store.lineage import LineageError, RecordedRun, find_runs
 
@@ -167,7 +167,15 @@ class _Tracer:
         changed = tuple(file for file, md5 in code.items() if _md5(self.root / file) != md5)
         manifest = self._read(digest, "manifest.json")
         if manifest is None:
-            self.missing.append(f"what is in {shown}: it is not on this machine; fetch it with: dvc pull {name}")
+            if known:
+                way = f"fetch it with: dvc pull {dvc_target(name)}"
+            else:
+                # From today's dvc.lock, DVC would fetch another version.
+                way = (
+                    "dvc.lock does not have this version, so first check out the commit of dvc.lock that brought it "
+                    f"(git log --reverse -S{digest} -- '*dvc.lock'), then fetch it with: dvc fetch {dvc_target(name)}"
+                )
+            self.missing.append(f"what is in {shown}: it is not on this machine; {way}")
         return Version(
             stage=name,
             digest=digest,
