@@ -432,6 +432,14 @@ def test_two_processes_that_deliver_the_same_records_make_one_run_of_each(root: 
     assert [len(runs(root, run)) for run in mine] == [1, 1, 1]
 
 
+def test_a_record_that_another_process_delivers_in_between_is_passed_over(tmp_path: Path):
+    run = a_run(tmp_path)
+    entry = spool(run, tmp_path)
+    # Listed, but no longer there when it is looked at.
+    (entry.parent / "gone").symlink_to(tmp_path / "nothing")
+    assert lineage._spooled(tmp_path) == [entry]
+
+
 def test_mlflow_is_not_imported_before_there_is_something_to_deliver(tmp_path: Path):
     code = (
         "import sys; from pathlib import Path; from valr_ops.store import lineage; "

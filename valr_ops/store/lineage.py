@@ -711,8 +711,13 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 def _spooled(root: Path) -> list[Path]:
     """Spooled records, the newest first."""
     folder = root / ".valr" / "spool"
-    entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")] if folder.is_dir() else []
-    return sorted(entries, key=lambda entry: entry.stat().st_mtime, reverse=True)
+    written: dict[Path, float] = {}
+    for entry in folder.iterdir() if folder.is_dir() else ():
+        # Another process that delivers removes it at any moment.
+        with suppress(FileNotFoundError):
+            if not entry.name.startswith("."):
+                written[entry] = entry.stat().st_mtime
+    return sorted(written, key=written.__getitem__, reverse=True)
 
 
 def _deliver(root: Path, limit: int, fields: Path, warn: Callable[[str], None]) -> Iterator[tuple[str, str]]:
