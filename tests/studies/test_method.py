@@ -64,10 +64,10 @@ def test_every_arm_begins_with_the_same_weights_and_every_seed_is_reported(
     }
     text = (here.out / "result.md").read_text()
     for arm in ("sft", "latents", "aligned"):
-        right = [row["accuracy"] for row in rows if row["arm"] == arm and row["update"] == 2]
+        right = [row["accuracy"] for row in rows if row["arm"] == arm and row["update"] == 3]
         assert report.summary[f"right_{arm}"] == pytest.approx(np.mean(right))
         assert ", ".join(f"{share:.3f}" for share in right) in text
-    ended = [row["alignment/all"] for row in rows if row["arm"] == "aligned" and row["update"] == 2]
+    ended = [row["alignment/all"] for row in rows if row["arm"] == "aligned" and row["update"] == 3]
     table = text.partition("## What training ended with")[2].partition("##")[0]
     assert f"| aligned | {np.mean(ended):.3f} | " in table and "| latents |  |  | " in table and "| sft |" not in table
     assert len(list(method._kept(here).glob("*/stage1-*.safetensors"))) == 3, "stage 1 is shared by the arms of a seed"
@@ -95,7 +95,7 @@ def test_an_arm_that_is_trained_longer_is_read_where_the_others_end(made: tuple[
     readings = pq.read_table(here.out / "readings.parquet").to_pylist()
     assert max(row["update"] for row in curves if row["arm"] == "sft") == 2 * here.recipe.study.updates
     for seed in (1, 2):
-        (there,) = [one["accuracy"] for one in curves if (one["arm"], one["seed"], one["update"]) == ("sft", seed, 2)]
+        (there,) = [one["accuracy"] for one in curves if (one["arm"], one["seed"], one["update"]) == ("sft", seed, 3)]
         read = [one["value"] for one in readings if (one["arm"], one["seed"], one["reading"]) == ("sft", seed, "right")]
         assert np.mean(read) == pytest.approx(there)
 
@@ -156,7 +156,7 @@ def test_another_recipe_takes_other_courses_and_more_seeds_only_those_that_are_m
     here, _ = made
     digest = courses._digest(here.recipe)
     assert courses._digest(recipe(**{"study.seeds": [1, 2, 3], "study.quick": False})) == digest
-    assert courses._digest(recipe(**{"study.updates": 3})) != digest
+    assert courses._digest(recipe(**{"study.updates": 4})) != digest
     assert courses._digest(recipe(**{"alignment.weight": 0.25})) != digest
     decide = code_of("valr_ops.studies.courses")
     assert {"valr_ops/studies/arms.py", "valr_ops/training/objective.py"} <= set(decide)
@@ -210,7 +210,7 @@ def findings(**shares: list[float]) -> Findings:
         ]
         for arm, values in shares.items()
     }
-    return Findings(taken, recipe().study, 0.95, ("sft",))
+    return Findings(taken, recipe(**{"study.updates": 2}).study, 0.95, ("sft",))
 
 
 @pytest.mark.parametrize(

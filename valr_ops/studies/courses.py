@@ -234,12 +234,13 @@ def _train(
         else:
             row = _update(loss_of, drawn, optimizer, trained, training.max_gradient_norm)
         seconds += time.process_time() - started
-        if update % study.score_every == 0 or update == updates:
+        # An arm that is trained longer than the others is scored and read where they end, too.
+        others_end = stage == _STAGE_2 and update == study.updates
+        if others_end or update % study.score_every == 0 or update == updates:
             right = look(subject, pictures).right
             scores = {"accuracy": float(right.mean()), "chains": float(right.all(1).mean())}
             curve.append({"update": update, **scores, **row})
-        # An arm that is trained longer than the others is read where they end.
-        if update == study.updates and stage == _STAGE_2 and not searching:
+        if others_end and not searching:
             readings = read_inside(subject, pictures)
     return Taken(course, curve, flops, readings, seconds)
 
