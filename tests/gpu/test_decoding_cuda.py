@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +91,32 @@ def test_an_answer_longer_than_the_cache_is_the_one_of_a_large_cache(
     monkeypatch.setattr(decoding, "_COLUMNS_AT_FIRST", 3)
     monkeypatch.setattr(cached, "_GROWTH_COLUMNS", 5)
     found = answers(on_device, prompts(3), force_first_latent=True)
+    assert [record(answer) for answer in found] == [record(answer) for answer in wanted]
+
+
+def test_a_step_is_captured_while_another_thread_allocates(
+    on_device: Any, replays: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As online teachers do for the window to come; a cache that grows at every other column is captured often."""
+    monkeypatch.setattr(decoding, "_COLUMNS_AT_FIRST", 3)
+    monkeypatch.setattr(cached, "_GROWTH_COLUMNS", 2)
+    wanted = answers(on_device, prompts(3), force_first_latent=True)
+    done = threading.Event()
+
+    def allocate() -> int:
+        kept = []
+        while not done.is_set():
+            # Kept, so that none is served from what the allocator has.
+            kept.append(torch.empty(4096, dtype=torch.uint8, pin_memory=True))
+        return len(kept)
+
+    with ThreadPoolExecutor(1) as pool:
+        allocating = pool.submit(allocate)
+        try:
+            found = answers(on_device, prompts(3), force_first_latent=True)
+        finally:
+            done.set()
+    assert allocating.result() and replays
     assert [record(answer) for answer in found] == [record(answer) for answer in wanted]
 
 

@@ -206,7 +206,8 @@ class _Captured:
     def __init__(self, function: Callable[..., Tensor], arguments: Sequence[Tensor]) -> None:
         self._arguments = [argument.clone() for argument in arguments]
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        # By default an allocation in another thread, such as that of online teachers, ends the capture.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._result = function(*self._arguments)
 
     def __call__(self, arguments: Sequence[Tensor]) -> Tensor:
