@@ -83,8 +83,8 @@ def test_zero_2_splits_gradients_and_state_but_not_the_weights() -> None:
     stage = recipes.paper().stage2
     one, four = (cost.training_bytes(cost.QWEN_7B, stage, processes) for processes in (1, 4))
     weights = 2 * (cost.QWEN_7B.decoder_parameters + cost.QWEN_7B.vision_parameters)
-    assert one == weights + 14 * cost.QWEN_7B.decoder_parameters
-    assert four == weights + 14 * cost.QWEN_7B.decoder_parameters // 4
+    assert one == weights + 16 * cost.QWEN_7B.decoder_parameters
+    assert four == weights + 16 * cost.QWEN_7B.decoder_parameters // 4
     # Several processes always use ZeRO-2, whatever the engine is called.
     alone = stage.model_copy(update={"engine": "torch"})
     assert cost.training_bytes(cost.QWEN_7B, alone, 4) == four

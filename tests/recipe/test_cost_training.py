@@ -63,18 +63,18 @@ def test_the_flops_of_stage_1_are_those_of_a_sum_by_hand() -> None:
 
 
 def test_memory_between_steps_is_that_of_zero_2_by_hand() -> None:
-    # facts: 16.6 GB of weights, and of gradients 15.2, moments 60.9 and the float32 copy 30.5 GB a share.
+    # facts: 16.6 GB of weights, and of gradients 30.5, moments 60.9 and the float32 copy 30.5 GB a share.
     four, eight = (
         cost.training_memory(cost.QWEN_7B, PAPER.stage1, processes=processes, projectors=0) for processes in (4, 8)
     )
     assert {part: round(size / 1e8) / 10 for part, size in four.items()} == {
         "weights": 16.6,
-        "gradients": 3.8,
+        "gradients": 7.6,
         "float32 copy of the weights": 7.6,
         "moments": 15.2,
     }
-    assert sum(four.values()) / 1e9 == pytest.approx(43.2, abs=0.1)
-    assert sum(eight.values()) / 1e9 == pytest.approx(29.9, abs=0.1)
+    assert sum(four.values()) / 1e9 == pytest.approx(47.0, abs=0.1)
+    assert sum(eight.values()) / 1e9 == pytest.approx(31.8, abs=0.1)
 
 
 def test_plain_torch_keeps_float32_weights_and_a_copy_in_bfloat16() -> None:

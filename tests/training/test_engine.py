@@ -10,7 +10,7 @@ from tests import tiny
 from tests.training.inputs import Listening, SignalledAt, content, context, write_inputs
 from valr_ops.recipe.recipe import RecipeError, RuntimeRecipe, TrainingRecipe
 from valr_ops.store.artifacts import StageReport
-from valr_ops.training.engine import DeepSpeedEngine, TorchEngine, join_ranks, make_engine
+from valr_ops.training.engine import DeepSpeedEngine, Ranks, TorchEngine, join_ranks, make_engine
 from valr_ops.training.launch import RankError
 from valr_ops.training.loop import build_stage2
 from valr_ops.training.schedule import parameter_groups
@@ -112,6 +112,35 @@ def test_deepspeed_gives_the_losses_of_torch_and_each_resumes_from_the_other() -
     loss, _ = engine(torch.full((2, 5), float("inf")), torch.zeros(2, 3))
     engine.backward(loss * float("nan"), last=True)
     assert not engine.gradient_norms()["decoder"] < float("inf")
+
+
+class Weighted(nn.Module):
+    """A loss whose gradient is what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.zeros(64))
+
+    def forward(self, given: Tensor) -> tuple[Tensor, dict[str, float]]:
+        return (self.weights * given).sum(), {}
+
+
+@pytest.mark.slow
+def test_deepspeed_adds_gradients_in_bfloat16_up_in_float32() -> None:
+    module = Weighted()
+    optimizer = torch.optim.AdamW([{"params": [module.weights], "part": "decoder", "peak_lr": 1e-2}], betas=(0.9, 0.95))
+    # Made directly, because a recipe has bfloat16 on CUDA only.
+    engine = DeepSpeedEngine(module, optimizer, 1.0, True, Ranks(0, 1, torch.device("cpu")))
+    given = torch.rand(16, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    wanted = given.float().sum(0)
+    engine.backward(engine(given[0])[0], last=False)
+    engine.forget()
+    for number, one in enumerate(given, start=1):
+        engine.backward(engine(one)[0], last=number == len(given))
+    assert engine.gradient_norms()["decoder"] == pytest.approx(float(wanted.norm()), rel=1e-5)
+    engine.step(1.0)
+    clipped = dict(engine.state())["exp_avg/weights"] / (1 - 0.9)
+    torch.testing.assert_close(clipped, wanted / wanted.norm(), rtol=1e-5, atol=0)
 
 
 @pytest.mark.slow

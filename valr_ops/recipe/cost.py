@@ -292,7 +292,7 @@ def training_memory(model: Shape, training: TrainingRecipe, processes: int, proj
     """Bytes that a process holds between two steps, by what they are; activations are not counted.
 
     ZeRO-2 (`deepspeed`, and always where there are several processes) keeps the weights in the precision of the
-    products and splits gradients, AdamW's two float32 moments and a float32 copy of the weights over the processes.
+    products and splits float32 gradients, AdamW's two moments and a float32 copy of the weights over the processes.
     Plain torch keeps float32 weights, of which a forward pass makes copies in bfloat16.
 
     Args:
@@ -307,7 +307,7 @@ def training_memory(model: Shape, training: TrainingRecipe, processes: int, proj
     if training.engine == "deepspeed" or processes > 1:
         return {
             "weights": element * every,
-            "gradients": element * trained // processes,
+            "gradients": 4 * trained // processes,
             "float32 copy of the weights": 4 * trained // processes,
             "moments": 8 * trained // processes,
         }

@@ -209,6 +209,8 @@ class DeepSpeedEngine:
                 "zero_allow_untested_optimizer": True,
                 "gradient_clipping": max_norm,
                 "bf16": {"enabled": bfloat16},
+                # Its default is the weights' precision: in bfloat16 a large sum no longer moves by a small gradient.
+                "data_types": {"grad_accum_dtype": "fp32"},
                 "steps_per_print": 2**31,
             },
         )
