@@ -38,7 +38,7 @@ from valr_ops.model.checkpoint import CheckpointError
 from valr_ops.recipe.recipe import Recipe, RecipeError
 from valr_ops.store.artifacts import StageReport
 from valr_ops.teachers.stored import FeatureError, FeatureStore
-from valr_ops.training import loop
+from valr_ops.training import log, loop
 from valr_ops.training.engine import Ranks
 from valr_ops.training.loop import build_stage1, build_stage2
 from valr_ops.training.objective import Counts, Objective
@@ -188,6 +188,30 @@ def test_several_teachers_weigh_the_same(tmp_path: Path) -> None:
     row = progress.logged[1]
     mean = (row["alignment/dinov3"] + row["alignment/siglip2"]) / 2
     assert row["loss"] == pytest.approx(row["ce"] - 0.5 * mean)
+
+
+def test_a_cosine_that_was_not_measured_is_no_number_anywhere(inputs: dict[str, Path], tmp_path: Path) -> None:
+    one_by_one = {"stage2.micro_batch": 1, "stage2.accumulation": 1, "stage2.max_updates": 8, "stage2.epochs": 1}
+    report, progress = stage2(inputs, tmp_path, **one_by_one)
+    # Of the eight records two look at two images and two at none; the two that are held out look at one each.
+    columns = pq.read_table(tmp_path / "out" / "training_log.parquet")
+    assert columns["alignment/dinov3"].null_count == 2 and columns["control/dinov3"].null_count == 6
+    for update, row in progress.logged.items():
+        for name in ("alignment/dinov3", "control/dinov3"):
+            assert columns[name][update - 1].as_py() == row.get(name)
+    assert report.checks[0].passed and (tmp_path / "out" / "loss.png").is_file()
+    assert report.summary["validation/alignment/dinov3"] != 0 and "validation/control/dinov3" not in report.summary
+    last, shown = progress.logged[8], report.tables["Training"].splitlines()[-1]
+    assert report.summary.get("control/dinov3") == last.get("control/dinov3")
+    control = f"{last['control/dinov3']:.4f}" if "control/dinov3" in last else "none"
+    assert shown == f"| control/dinov3 | {control} | none |"
+
+
+def test_a_column_that_no_row_has_is_there_and_empty(tmp_path: Path) -> None:
+    log.write_log([{"update": 1, "loss": 2.0, "ce": 2.0}], ["dinov3"], tmp_path / "log.parquet")
+    control = pq.read_table(tmp_path / "log.parquet").column("control/dinov3")
+    assert control.type == "double" and control.to_pylist() == [None]
+    log.plot([{"update": 1, "loss": 2.0, "ce": 2.0}], ["dinov3"], tmp_path / "loss.png")
 
 
 # ------------------------------------------------------------------------------------------------------ normalisation

@@ -5,7 +5,7 @@ The columns of a row, by name:
 
     loss, ce                        the window's loss, and its cross-entropy in nats a supervised token
     alignment/<teacher>             mean cosine to the segment's own features; the loss contains its negative
-    control/<teacher>               the same cosine to another image's features
+    control/<teacher>               the same cosine to the features of another image of the micro-batch
     gradient_norm                   before clipping; decoder_ and projector_gradient_norm are its parts
     <part>_learning_rate            of the decoder and of the projectors
     latent_norm_ratio               norm of the fed-back states over that of the tokens' embeddings
@@ -13,8 +13,9 @@ The columns of a row, by name:
     feedback_residual               size of the last feedback hop's change over the size of the feedback
     slot_drift                      largest difference between pass 2's states and those rolled out, over the largest
 
-Always: clocks never enter a row; rates, `data_wait_share` and `model_flops_utilisation` (model FLOPs as `recipe.cost`
-counts them, over the seconds of the update, over the machine's peak) go to people and trackers only.
+Always: a cosine that was not measured is no number, it is missing in the row and null in the parquet; clocks never
+enter a row; rates, `data_wait_share` and `model_flops_utilisation` (model FLOPs as `recipe.cost` counts them, over the
+seconds of the update, over the machine's peak) go to people and trackers only.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 
 Row = dict[str, float]
-"""One update: the columns, and nothing else."""
+"""One update: the columns, and nothing else; without the cosines that were not measured."""
 _WHOLE_NUMBERS = ("update", "supervised_tokens", "aligned_segments")
 
 
@@ -75,11 +76,12 @@ class Clock:
         return rates
 
 
-def write_log(rows: Sequence[Row], path: Path) -> None:
-    """Write the rows as parquet: whole numbers int64, everything else float64."""
-    table = {
-        name: pa.array([int(row[name]) if name in _WHOLE_NUMBERS else row[name] for row in rows]) for name in rows[0]
-    }
+def write_log(rows: Sequence[Row], teachers: Sequence[str], path: Path) -> None:
+    """Write the rows as parquet: whole numbers int64, everything else float64, null where a row has no value."""
+    # Any row may lack some, and the columns must not depend on which.
+    names = dict.fromkeys(["update", "loss", *_measured(teachers), *(name for row in rows for name in row)])
+    kinds = {name: pa.int64() if name in _WHOLE_NUMBERS else pa.float64() for name in names}
+    table = {name: pa.array([row.get(name) for row in rows]).cast(kind) for name, kind in kinds.items()}
     pq.write_table(pa.table(table), path, row_group_size=4096)
 
 
@@ -92,8 +94,9 @@ def plot(rows: Sequence[Row], teachers: Sequence[str], path: Path) -> None:
     axes[0].set(xlabel="update", ylabel="cross-entropy (nats a token)", ylim=(0, None))
     for number, teacher in enumerate(teachers):
         colour = f"C{number}"
-        axes[1].plot(at, [row[f"alignment/{teacher}"] for row in rows], color=colour, label=teacher)
-        control = [row[f"control/{teacher}"] for row in rows]
+        # Where nothing was measured a line has a gap.
+        own, control = ([row.get(f"{kind}/{teacher}", math.nan) for row in rows] for kind in ("alignment", "control"))
+        axes[1].plot(at, own, color=colour, label=teacher)
         axes[1].plot(at, control, color=colour, linewidth=0.8, linestyle="--", label=f"{teacher}, another image")
     if teachers:
         axes[1].set(xlabel="update", ylabel="cosine to teacher features")
@@ -109,9 +112,14 @@ def not_finite(rows: Sequence[Row], validation: Mapping[str, float]) -> list[str
 
 def table(row: Row, validation: Mapping[str, float], teachers: Sequence[str]) -> str:
     """Markdown: the last update beside the validation split."""
-    names = ["ce", *(f"{kind}/{teacher}" for teacher in teachers for kind in ("alignment", "control"))]
     lines = ["| | last update | validation |", "| --- | --- | --- |"]
-    for name in names:
-        held_out = validation.get(f"validation/{name}")
-        lines.append(f"| {name} | {row[name]:.4f} | {'none' if held_out is None else f'{held_out:.4f}'} |")
+    for name in _measured(teachers):
+        values = (row.get(name), validation.get(f"validation/{name}"))
+        last, held_out = ("none" if value is None else f"{value:.4f}" for value in values)
+        lines.append(f"| {name} | {last} | {held_out} |")
     return "\n".join(lines)
+
+
+def _measured(teachers: Sequence[str]) -> list[str]:
+    """The cross-entropy and the cosines: the columns that show what was learned."""
+    return ["ce", *(f"{kind}/{teacher}" for teacher in teachers for kind in ("alignment", "control"))]

@@ -259,7 +259,7 @@ def _build(context: StageContext, stage: Literal[1, 2], start: str) -> StageRepo
         if projectors is not None:
             tensors = {name: tensor.float().cpu().contiguous() for name, tensor in projectors.state_dict().items()}
             save_file(tensors, context.out / "projectors.safetensors")
-        log.write_log(done.rows, context.out / "training_log.parquet")
+        log.write_log(done.rows, objective.teachers, context.out / "training_log.parquet")
         log.plot(done.rows, objective.teachers, context.out / "loss.png")
     ranks.wait()
     report = _report(done, validation, objective, windows, clock)

@@ -118,11 +118,19 @@ class Objective(nn.Module):
         return loss, Figures(sums, output.drift / largest if largest else 0.0)
 
     def means(self, figures: Sequence[Figures], ranks: Ranks) -> Row:
-        """The loss and the sums over micro-batches and ranks divided by their counts; 0 where nothing was counted."""
+        """The loss and the sums over micro-batches and ranks divided by their counts; 0 where nothing was counted.
+
+        A cosine that was not measured is left out, as 0 would look like a finding: a control needs another image in its
+        micro-batch.
+        """
         names = ["ce", *(f"{kind}/{t}" for t in self.teachers for kind in ("alignment", "control")), *_HEALTH]
         totals = ranks.sum([sum(one.sums[name][part] for one in figures) for name in names for part in (0, 1)])
-        row = {name: totals[2 * at] / max(totals[2 * at + 1], 1) for at, name in enumerate(names)}
-        aligned = [row[f"alignment/{teacher}"] for teacher in self.teachers]
+        row = {
+            name: total / max(count, 1)
+            for name, total, count in zip(names, totals[::2], totals[1::2], strict=True)
+            if count or "/" not in name
+        }
+        aligned = [row.get(f"alignment/{teacher}", 0.0) for teacher in self.teachers]
         loss = row["ce"] - self._alignment.weight * sum(aligned) / max(len(aligned), 1)
         drift = ranks.largest(max((one.slot_drift for one in figures), default=0.0))
         return {"loss": loss, **row, "slot_drift": drift}
