@@ -384,3 +384,8 @@ def test_rejected_targets_are_listed_and_have_no_features(tmp_path: Path) -> Non
     assert opened.rejected == [targets[1]] and list(opened) == [targets[0], *targets[2:]] and len(opened) == 5
     assert targets[1] not in opened and targets[2] in opened
     assert torch.equal(opened.get(targets[2]), drawn(3)[2].bfloat16()), "places are not counted anew"
+    with pytest.raises(FeatureError, match=r"its image could not be decoded, see .*/rejects.jsonl") as refused:
+        opened.get(targets[1])
+    assert "--force" not in str(refused.value), "which takes hours and changes nothing"
+    with pytest.raises(FeatureError, match=r"belongs to another latent_corpus; make it again .*--force"):
+        opened.get(Region(f"{7:064x}"))

@@ -2,25 +2,31 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 import yaml
 
 from tests import tiny
 from tests.data.made import jsonl_source, png, recipe, row
+from tests.training.inputs import store_features
 from valr_ops import runner
 from valr_ops.__main__ import main
 from valr_ops.data.curation import build_cot_corpus
 from valr_ops.data.inventory import build_sources
 from valr_ops.data.rewriting import build_latent_corpus
+from valr_ops.data.sequences import Sequence, Sequences
 from valr_ops.model.qwen import build_base_model
 from valr_ops.recipe.recipe import Recipe
 from valr_ops.store.artifacts import StageContext, folder, write_manifest
 from valr_ops.store.progress import Progress
+from valr_ops.teachers.stored import REJECTED, SOUND, write_targets
 
 STAGES = {
     "sources": (build_sources, ()),
@@ -196,6 +202,35 @@ def test_a_rejected_record_is_followed_to_where_it_was_rejected(
     assert (status, last["reached"], last["rejected"]) == (0, reached, [rejected])
     assert all(word in shown for word in words), shown
     assert f"rejected by {rejected}" in shown
+
+
+def test_what_a_teacher_could_not_see_is_among_the_rejections(
+    mine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = {one.id: one for split in ("train", "validation") for one in _sequences(mine, split)}
+    targets = [target.seen(joint=False) for target in records["mine/telling"].targets if target is not None]
+    there = folder(mine, "teacher_features_dinov3")
+    there.mkdir()
+    try:
+        store_features(there, "dinov3", dict.fromkeys(targets, torch.ones(2, 2, 4)))
+        write_targets(there, [(targets, torch.tensor([SOUND, REJECTED], dtype=torch.uint8))])
+        named = {"id": "mine/telling", "source": "mine", "reason": "image_unreadable", "detail": "OSError: truncated"}
+        # As features.py writes them.
+        lines = [json.dumps(one, ensure_ascii=False) for one in (named, {**named, "id": "mine/größer"})]
+        (there / "rejects.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        _, last, shown, _ = traced(mine, "mine/telling", monkeypatch, capsys)
+        _, beyond_ascii, _, _ = traced(mine, "mine/größer", monkeypatch, capsys)
+    finally:
+        shutil.rmtree(there)
+    assert (last["reached"], last["rejected"]) == ("tensors", ["teacher_features_dinov3: image_unreadable"])
+    assert beyond_ascii["rejected"] == last["rejected"]
+    assert "rejected by teacher_features_dinov3: image_unreadable" in shown and "OSError: truncated" in shown
+    assert "its image could not be decoded" in shown.replace("\n", " ") and "--force" not in shown
+
+
+def _sequences(root: Path, split: str) -> Iterator[Sequence]:
+    stored = Sequences(folder(root, "latent_corpus"), split)
+    return (stored[place] for place in range(len(stored)))
 
 
 def test_an_unknown_id_is_an_error_that_names_the_nearest_ones(

@@ -349,10 +349,7 @@ class FeatureStore:
         found = []
         for target, place in zip(targets, self._located(targets), strict=True):
             if place is None:
-                raise FeatureError(
-                    f"{self._folder.name} has no features of {shown(target)}, because it belongs to another "
-                    f"latent_corpus; {self._mend}"
-                )
+                raise FeatureError(f"{self._folder.name} has no features of {shown(target)}, {self._why(target)}")
             shard, row = place
             found.append(self.shard(shard)[row])
         return found
@@ -366,6 +363,15 @@ class FeatureStore:
     def shards(self) -> Iterator[Shard]:
         """All shards in order. Raises `FeatureError`."""
         return (self.shard(number) for number in range(len(self.index["shards"])))
+
+    def _why(self, target: Region) -> str:
+        """Why there are no features of `target`, and what to do."""
+        if target.seen(joint=self._joint) in self.rejected:
+            return (
+                f"because its image could not be decoded, see {self._folder.name}/rejects.jsonl; training leaves its "
+                "records out, until the image is mended in its source"
+            )
+        return f"because it belongs to another latent_corpus; {self._mend}"
 
     def _located(self, targets: Sequence[Region]) -> list[tuple[int, int] | None]:
         """Shard and row of each, None where it has no features."""

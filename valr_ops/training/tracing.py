@@ -108,9 +108,9 @@ def trace_and_show(
         ShardError: a damaged corpus.
     """
     corpus = folder(root, "cot_corpus")
-    journey = Journey(identity, _in_corpus(corpus, identity), [*_rejections(root, identity)])
+    journey = Journey(identity, _in_corpus(corpus, identity), [*_rejections(root, recipe, identity)])
     if journey.record is None and not journey.rejections:
-        nearest = _nearest(identity, _ids(root))
+        nearest = _nearest(identity, _ids(root, recipe))
         last_line(id=identity, reached=None, nearest=nearest, files=[])
         raise TraceError(_unknown(identity, nearest, recipe))
     console = Console(highlight=False, emoji=False)
@@ -155,26 +155,28 @@ def _in_corpus(corpus: Path, identity: str) -> CorpusRecord | None:
     return None
 
 
-def _rejections(root: Path, identity: str) -> Iterator[dict[str, str]]:
+def _rejections(root: Path, recipe: Recipe, identity: str) -> Iterator[dict[str, str]]:
     """Lines with this id of the rejects files, in the order of the stages."""
-    sought = f'"id": {json.dumps(identity)}'
-    for stage, path in _rejects_files(root):
+    # Teachers' files have letters beyond ASCII as they are, the others escaped.
+    sought = [f'"id": {json.dumps(identity, ensure_ascii=escaped)}' for escaped in (True, False)]
+    for stage, path in _rejects_files(root, recipe):
         with path.open(encoding="utf-8") as lines:
             for line in lines:
-                if sought in line and (found := json.loads(line))["id"] == identity:
+                if any(one in line for one in sought) and (found := json.loads(line))["id"] == identity:
                     yield {**found, "stage": stage}
 
 
-def _rejects_files(root: Path) -> Iterator[tuple[str, Path]]:
-    for stage in ("cot_corpus", "latent_corpus"):
+def _rejects_files(root: Path, recipe: Recipe) -> Iterator[tuple[str, Path]]:
+    teachers = (f"teacher_features_{teacher}" for teacher in recipe.alignment.teachers)
+    for stage in ("cot_corpus", "latent_corpus", *teachers):
         if (path := folder(root, stage) / "rejects.jsonl").is_file():
             yield stage, path
 
 
-def _ids(root: Path) -> Iterator[str]:
+def _ids(root: Path, recipe: Recipe) -> Iterator[str]:
     for batch in Records(folder(root, "cot_corpus")).batches():
         yield from batch.column("id").to_pylist()
-    for _, path in _rejects_files(root):
+    for _, path in _rejects_files(root, recipe):
         with path.open(encoding="utf-8") as lines:
             yield from (json.loads(line)["id"] for line in lines)
 
