@@ -154,7 +154,8 @@ def test_a_gpu_that_is_full_is_an_error_about_the_records_before_the_first_updat
 
     monkeypatch.setattr(loop, "rehearse", in_no_room)
     # Larger than what the allocator has left in its blocks.
-    changes: dict[str, Any] = {"data.max_length": 4096, "latents.slots": 64, "alignment.projector_width": 4096}
+    changes: dict[str, Any] = {"data.max_length": 4096, "alignment.projector_width": 4096}
+    changes |= {"latents.slots": 64, "data.reserved_slots": 64}
     progress = Listening()
     with pytest.raises(TrainingError) as error:
         stage2(inputs, tmp_path, device, progress, **changes)

@@ -69,6 +69,10 @@ def test_a_recipe_can_not_be_changed_in_place() -> None:
         ({"latents.slots": 5}, "latents.slots=5 .*no square grid; choose 1, 4, 9"),
         ({"latents": {"slots": 2, "control_tokens": "inside"}}, "leaves no slot between the control tokens"),
         ({"latents": {"slots": 16, "control_tokens": "inside"}}, "feeds 14 slots"),
+        (
+            {"latents.slots": 36},
+            r"feeds 36 slots, but latent_corpus .* data.reserved_slots=25 .*; raise data.reserved_slots to 36",
+        ),
         ({"alignment.block": 4}, r"^alignment.block=4 but this model has blocks 0..3; set it to 1 "),
         (
             {"teachers.qwen.model": "qwen"},
@@ -154,6 +158,13 @@ def test_a_variant_that_does_not_fit_is_named() -> None:
     recipe = override(recipes.tiny(), {"variants.odd.slots": 5})
     with pytest.raises(RecipeError, match=r"^variants.odd: latents.slots=5"):
         recipe.for_variant("odd")
+
+
+def test_slots_that_are_reserved_are_accepted() -> None:
+    reserved = override(recipes.tiny(), {"latents.slots": 36, "data.reserved_slots": 36})
+    assert reserved.latents.fed_slots == reserved.data.reserved_slots
+    inside = override(recipes.tiny(), {"latents": {"slots": 27, "control_tokens": "inside"}})
+    assert inside.latents.fed_slots == 25, "control tokens need no room of their own"
 
 
 def test_the_ledger_names_every_field_once() -> None:

@@ -808,6 +808,13 @@ class Recipe(_Values):
                 f"latents.slots={self.latents.slots} with control_tokens={self.latents.control_tokens} feeds {fed} "
                 "slots, which make no square grid; choose 1, 4, 9, 16, 25 ... or set alignment.upsample to linear_1d"
             )
+        if fed > self.data.reserved_slots:
+            # The sequences were cut to what leaves room for the reserved ones, which training would notice hours later.
+            raise ValueError(
+                f"latents.slots={self.latents.slots} with control_tokens={self.latents.control_tokens} feeds {fed} "
+                f"slots, but latent_corpus keeps records that leave room for data.reserved_slots="
+                f"{self.data.reserved_slots} a segment; raise data.reserved_slots to {fed}, or lower latents.slots"
+            )
         return self
 
     def _check_teachers(self, where: str, names: Iterable[str]) -> None:
