@@ -540,6 +540,15 @@ def test_a_tower_without_its_weights_a_folder_or_a_fitting_size_says_what_to_cha
         tower(base_model, image_pixels=72)
 
 
+def test_qwens_tower_in_bfloat16_turns_its_patches_by_the_same_angles(base_model: Path) -> None:
+    exact, rounded = (tower(base_model, precision=one).model for one in ("float32", "bfloat16"))
+    found, frequencies = dict(rounded.named_buffers()), dict(exact.named_buffers())
+    assert any(name.endswith("inv_freq") for name in frequencies)
+    for name, buffer in frequencies.items():
+        assert found[name].dtype == buffer.dtype and torch.equal(found[name], buffer)
+    assert {tensor.dtype for tensor in rounded.state_dict().values()} == {torch.bfloat16}
+
+
 def test_qwens_tower_runs_in_bfloat16_and_is_not_saved_without_its_checkpoint(base_model: Path, tmp_path: Path) -> None:
     exact, rounded = tower(base_model), tower(base_model, precision="bfloat16")
     images = [picture(64, 64)]

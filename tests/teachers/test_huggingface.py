@@ -122,6 +122,14 @@ def test_every_model_takes_sizes_it_was_not_trained_at_and_keeps_its_patches_in_
     assert divmod(int((features[1] - features[0]).norm(dim=-1).argmax()), 6) == (1, 5)
 
 
+def test_in_bfloat16_dinov3_turns_its_patches_by_the_same_angles(folders: Callable[[str], Path]) -> None:
+    exact, rounded = (teacher("dinov3_vit", folders("dinov3_vit"), precision=one) for one in ("float32", "bfloat16"))
+    given = torch.zeros(1, 3, 32, 32)
+    angles = [one.model.rope_embeddings(given) for one in (exact, rounded)]  # type: ignore[operator]
+    torch.testing.assert_close(*angles, rtol=0, atol=0)
+    assert {one.dtype for one in rounded.model.state_dict().values()} == {torch.bfloat16}
+
+
 def test_clip_gives_what_timms_class_gives_with_the_same_weights(folders: Callable[[str], Path]) -> None:
     """The target of the recipes is timm's: OpenAI's CLIP, after the norm that transformers gives to the class token."""
     folder = folders("clip_vision_model")

@@ -101,7 +101,17 @@ class Teacher:
         self.grid = (side, side)
         self.dtype = torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32
         if not encoder.autocast:
+            # Rotary angles are these times a patch's place; rounded to bfloat16 they end up to .06 rad elsewhere. Other
+            # buffers have to follow the weights: filters and biases meet activations.
+            frequencies = [
+                (part, name, value)
+                for part in self.model.modules()
+                for name, value in part.named_buffers(recurse=False)
+                if name.endswith("inv_freq")
+            ]
             self.model.to(self.dtype)
+            for part, name, value in frequencies:
+                setattr(part, name, value)
         self.device = next(self.model.parameters()).device
         """Where the weights are."""
         # On a CPU what a batch leaves in the cache decides, on a GPU how much there is to do at once.
