@@ -8,12 +8,13 @@ expectations, and only then publish, record and report it; a stage that dies lea
 from __future__ import annotations
 
 import errno
+import functools
 import importlib
 import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -130,16 +131,20 @@ def run_part(
 def _run(
     root: Path, row: Stage, overrides: Mapping[str, Any], force: bool, progress: ShowingProgress, started: float
 ) -> Outcome:
-    if os.environ.get("DVC_STAGE"):
-        # DVC holds its lock, has decided that the stage must run, and records the result itself.
+    names = (*row.inputs, row.name)
+    if _runs_under_dvc():
+        # DVC keeps others from the inputs, has decided that the stage must run, and records the result itself.
+        ledger = Ledger(root)
+        _tidy_what_is_recorded(root, ledger, names)
+        if not ledger.bring_back(row.name, _state(root, "staging") / row.name):
+            progress.say("the version before is not in DVC's cache any more: there is nothing to compare with")
         return _make(root, row, _recipe_of_artifact(root, row), None, ("DVC found it out of date",), progress, started)
     if row.name != "recipe":
         refresh_recipe(root, overrides)
     ledger = Ledger(root)
-    states = ledger.states([*row.inputs, row.name])
-    if ledger.digest(row.name) and not states[row.name].edited:
-        _tidy_after_a_kill(root, row.name)
-    recipe = recipes.load(root, overrides) if row.name == "recipe" else _recipe_of_artifact(root, row)
+    states = ledger.states(names)
+    _tidy_what_is_recorded(root, ledger, [name for name in names if not states[name].edited])
+    recipe = _recipe_of_artifact(root, row, overrides)
     # Before its inputs are asked for: a model that the recipe does not have will not come of making them.
     _of_variant(recipe, row)
     for needed in row.inputs:
@@ -148,9 +153,15 @@ def _run(
     if not reasons:
         return _found(root, row, ledger, "hit", (), progress, started)
     if not force and row.name != "recipe" and ledger.restore(row.name) and not _changed_outside(root, row, recipe):
-        _tidy_after_a_kill(root, row.name)
+        _tidy_what_is_recorded(root, ledger, (row.name,))
         return _found(root, row, ledger, "restored", reasons, progress, started)
-    return _make(root, row, recipe, ledger, reasons, progress, started)
+    record = functools.partial(ledger.commit, row.name, ledger.start(row.name))
+    # Read again behind that: what is recorded may be older than what the artifact is made from, and never newer.
+    return _make(root, row, _recipe_of_artifact(root, row, overrides), record, reasons, progress, started)
+
+
+def _runs_under_dvc() -> bool:
+    return bool(os.environ.get("DVC_STAGE"))
 
 
 def _reasons(root: Path, row: Stage, recipe: Recipe, state: State) -> tuple[str, ...]:
@@ -210,13 +221,16 @@ def _make(
     root: Path,
     row: Stage,
     recipe: Recipe,
-    ledger: Ledger | None,
+    record: Callable[[], str] | None,
     reasons: tuple[str, ...],
     progress: ShowingProgress,
     started: float,
     *,
     delivers: bool = True,
 ) -> Outcome:
+    """Make, publish, record (by `record`, which returns the digest, unless somebody else does that) and report."""
+    # As they are now: what changes while the stage runs has no part in it.
+    input_digests, code_digest, git_commit = _recorded(root, row.inputs), row.code_digest(root), _git_commit(root)
     planned = _planned(recipe, row, root)
     _require_room(root, row, planned, progress)
     staged = _fresh(_state(root, "staging") / row.name)
@@ -232,9 +246,14 @@ def _make(
     write_manifest(staged, row.name, report)
     shutil.copyfile(staged / "manifest.json", _made(root, row.name))
     with published(staged, folder(root, row.name), _state(root, "trash") / row.name):
-        digest = ledger.commit(row.name) if ledger else directory_digest(folder(root, row.name))
-    _tidy(root, row.name)
-    input_digests = _recorded(root, row.inputs)
+        digest = record() if record else directory_digest(folder(root, row.name))
+    if not _runs_under_dvc():
+        _tidy(root, row.name)
+    elif row.code_digest(root) != code_digest:
+        progress.say(
+            f"the code of {row.name} was edited while it ran, and DVC records the edited code as what made it; if the "
+            f"edit matters, make it again with: valr run {row.name} --force"
+        )
     outcome = Outcome(row.name, "made", digest, reasons, time.monotonic() - started, report, input_digests)
     url = lineage.record(
         root,
@@ -242,8 +261,8 @@ def _make(
             stage=row.name,
             group=row.group,
             recipe_fingerprint=recipe.fingerprint,
-            git_commit=_git_commit(root),
-            code_digest=row.code_digest(root),
+            git_commit=git_commit,
+            code_digest=code_digest,
             output_digest=digest,
             input_digests=input_digests,
             # The variant's own values: by the others' every cell of an ablation would look the same in charts.
@@ -412,11 +431,14 @@ def _state(root: Path, name: str) -> Path:
     return path
 
 
-def _tidy_after_a_kill(root: Path, name: str) -> None:
-    """`_tidy` if the recorded artifact's own run was killed before it could; what a later run needs stays."""
-    made, manifest = _made(root, name), folder(root, name) / "manifest.json"
-    if made.is_file() and manifest.is_file() and made.read_bytes() == manifest.read_bytes():
-        _tidy(root, name)
+def _tidy_what_is_recorded(root: Path, ledger: Ledger, names: Iterable[str]) -> None:
+    """`_tidy` where the recorded artifact's own run could not; what a later run needs stays.
+
+    It was killed before it could, or DVC started it, which records only what has ended.
+    """
+    for name, made in ((name, _made(root, name)) for name in names):
+        if made.is_file() and made.read_bytes() == ledger.read(ledger.digest(name) or "", "manifest.json"):
+            _tidy(root, name)
 
 
 def _made(root: Path, name: str) -> Path:
@@ -459,8 +481,8 @@ def _yaml(path: Path) -> Any:
     return yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 
-def _recipe_of_artifact(root: Path, row: Stage) -> Recipe:
-    return recipes.load(root) if row.name == "recipe" else read_recipe(root)
+def _recipe_of_artifact(root: Path, row: Stage, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    return recipes.load(root, overrides or {}) if row.name == "recipe" else read_recipe(root)
 
 
 def _recorded(root: Path, names: tuple[str, ...]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,67 @@ def test_what_another_process_records_is_seen(root: Path) -> None:
     assert mine.states(["third"])["third"].reasons == ("its command in dvc.yaml changed",)
 
 
+def test_an_artifact_is_recorded_with_what_it_was_made_from(root: Path) -> None:
+    ledger = Ledger(root)
+    ledger.commit("first")
+    started = ledger.start("second")
+    (root / "code.py").write_text("two = 2\n")
+    write(root, "first", "another")
+    ledger.commit("first")
+    write(root, "second", "made of the first one")
+    ledger.commit("second", started)
+    assert ledger.states(["second"])["second"].reasons == ("input first changed",)
+    write(root, "first", "first")
+    ledger.commit("first")
+    assert ledger.states(STAGES)["second"].up_to_date
+
+
+def test_what_a_job_made_is_recorded_with_what_it_was_asked_for(root: Path) -> None:
+    (root / "values.yaml").write_text("rate: 1.0e-05\nmany: {b: 1, a: null}\n")
+    stages = yaml.safe_load((root / "dvc.yaml").read_text())
+    stages["stages"]["second"] |= {
+        "params": [{"values.yaml": ["rate", "many"]}],
+        "deps": ["artifacts/first", "code.py"],
+    }
+    (root / "dvc.yaml").write_text(yaml.safe_dump(stages))
+    ledger, lock = Ledger(root), root / "dvc.lock"
+    digest, recipe = ledger.commit("first"), {"rate": 1e-05, "many": {"a": None, "b": 1}, "other": 2}
+    ledger.commit("second")
+    as_here = lock.read_bytes()
+    lock.unlink()
+    ledger.commit("first")
+    ledger.commit("second", ledger.requested("second", {"first": digest}, recipe, same_code=True))
+    assert lock.read_bytes() == as_here
+    for asked, why in (
+        (({"first": "0" * 32 + ".dir"}, recipe, True), "input first changed"),
+        (({"first": digest}, recipe | {"rate": 1}, True), "recipe field rate: 1 -> 1e-05"),
+        (({"first": digest}, recipe, False), "code code.py changed"),
+    ):
+        ledger.commit("second", ledger.requested("second", *asked[:2], same_code=asked[2]))
+        assert ledger.states(["second"])["second"].reasons == (why,)
+        assert Ledger(root).restore("second") is True, "an earlier run was of what is here now"
+        assert lock.read_bytes() == as_here
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_version_that_dvc_removed_is_brought_back_whole_or_not_at_all(root: Path, lost: bool) -> None:
+    artifact, staged = root / "artifacts" / "first", root / "staged"
+    assert Ledger(root).bring_back("first", staged), "it is there, and was never recorded"
+    (artifact / "deep").mkdir()
+    (artifact / "deep" / "file").write_text("deep")
+    digest = Ledger(root).commit("first")
+    shutil.rmtree(artifact)
+    if lost:
+        (file,) = (one for one in (root / ".dvc" / "cache").rglob("*") if one.is_file() and one.read_bytes() == b"deep")
+        file.unlink()
+    staged.mkdir()
+    (staged / "left").touch()
+    assert Ledger(root).bring_back("first", staged) is not lost
+    assert artifact.exists() is not lost
+    if not lost:
+        assert artifacts.directory_digest(artifact) == digest and not staged.exists()
+
+
 def test_a_record_is_written_to_the_bytes_that_dvc_writes(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dvc import dvcfile
     from dvc.utils.serialize import modify_yaml
@@ -121,7 +183,9 @@ def test_a_record_is_written_to_the_bytes_that_dvc_writes(root: Path, monkeypatc
             ledger = Ledger(root)
             if by_dvc:
                 monkeypatch.setattr(dvcfile, "modify_yaml", modify_yaml)
-            ledger.commit(name)
+                ledger.repo.commit(target=name, force=True)
+            else:
+                ledger.commit(name)
             texts.append(lock.read_text())
     assert texts[:5] == texts[5:]
     lock.write_text(f"# merged by hand\n{texts[-1]}")

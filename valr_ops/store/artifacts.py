@@ -251,9 +251,60 @@ class Ledger:
         outs = self.recorded().get(stage, {}).get("outs", [])
         return outs[0].get("md5") if outs else None
 
-    def commit(self, stage: str) -> str:
-        """Record the artifact as it stands on disk, with its inputs, code and parameters; return its digest."""
-        self.repo.commit(target=dvc_target(stage), force=True)
+    def start(self, stage: str) -> Stage:
+        """The stage with its inputs, code and parameters as they are now, for `commit` to record once it is made."""
+        started = self._stage(stage)
+        started.save_deps()
+        return started
+
+    def requested(self, stage: str, inputs: Mapping[str, str], recipe: Mapping[str, Any], *, same_code: bool) -> Stage:
+        """As `start` gives it, for an artifact that was asked for earlier and made elsewhere.
+
+        Args:
+            stage: its name.
+            inputs: digest of each input artifact, by stage name.
+            recipe: all recipe fields, as JSON values.
+            same_code: whether the stage's code is still that; else its files are recorded without a digest, as changed.
+        """
+        from dvc.dependency import ParamsDependency
+        from dvc.dependency.base import DependencyDoesNotExistError
+        from dvc.dependency.param import MissingParamsError
+        from dvc_data.hashfile.hash_info import HashInfo
+        from dvc_data.hashfile.meta import Meta
+
+        asked = self._stage(stage)
+        digests = {f"artifacts/{name}": digest for name, digest in inputs.items()}
+        for one in asked.deps:
+            # What is as it was then is recorded to the same bytes, sizes included.
+            with suppress(DependencyDoesNotExistError, MissingParamsError):
+                one.save()
+            if isinstance(one, ParamsDependency):
+                fields = {key: _at(recipe, key) for key in one.params}
+                if one.hash_info.value != fields:
+                    one.hash_info = HashInfo(one.hash_name, fields)  # type: ignore[arg-type]  # as DVC itself does
+            elif one.def_path in digests:
+                if one.hash_info.value != digests[one.def_path]:
+                    one.hash_info, one.meta = HashInfo(one.hash_name, digests[one.def_path]), Meta(isdir=True)
+            elif not same_code:
+                one.hash_info, one.meta = HashInfo(), Meta()
+        return asked
+
+    def commit(self, stage: str, started: Stage | None = None) -> str:
+        """Record the artifact as it stands on disk; return its digest.
+
+        Args:
+            stage: its name.
+            started: what it was made from, by `start` or `requested`; by default what is there now.
+        """
+        from dvc.repo import lock_repo
+
+        made = started or self.start(stage)
+        with lock_repo(self.repo):
+            # As `dvc commit` does it, but that takes what changed since the start for what the artifact was made from.
+            made.save_outs()
+            self.repo.stage_cache.save(made)
+            made.commit()
+            made.dvcfile.dump_stages([made], update_pipeline=False)
         digest = self.digest(stage)
         if digest is None:
             raise ArtifactError(
@@ -265,15 +316,36 @@ class Ledger:
         """Bring back what an earlier run made from the same inputs, code and parameters; False if there was none."""
         from dvc.stage.cache import RunCacheNotFoundError
 
+        restored = self._stage(stage)
         try:
             with self.repo.lock:
                 _remove_empty_runs(Path(self.repo.stage_cache.cache_dir))
-                self.repo.stage_cache.restore(self.repo.stage.get_target(dvc_target(stage)))
+                self.repo.stage_cache.restore(restored)
         except RunCacheNotFoundError:
             return False
         if not (folder(self.root, stage) / "manifest.json").is_file():
             return False
-        self.commit(stage)
+        self.commit(stage, restored)
+        return True
+
+    def bring_back(self, stage: str, staged: Path) -> bool:
+        """Put the recorded version of an artifact that is not there back, by way of the folder `staged`.
+
+        DVC removes an artifact before it makes it again. False if DVC's cache does not have that version any more.
+        """
+        from dvc.exceptions import CheckoutError
+
+        final, (out,) = folder(self.root, stage), self._stage(stage).outs
+        if final.exists() or not out.hash_info:
+            return True
+        shutil.rmtree(staged, ignore_errors=True)
+        out.fs_path = str(staged)
+        try:
+            out.checkout()
+        except CheckoutError:
+            return False
+        final.parent.mkdir(parents=True, exist_ok=True)
+        staged.rename(final)
         return True
 
     def push(self, stages: Iterable[str]) -> int:
@@ -301,6 +373,11 @@ class Ledger:
             if path.is_file():
                 recorded |= (yaml.load(path.read_text(encoding="utf-8"), Loader=_YamlLoader) or {}).get("stages") or {}
         return recorded
+
+    def _stage(self, name: str) -> Stage:
+        # DVC's own commands write the lock file in place.
+        with self.repo.lock:
+            return self.repo.stage.get_target(dvc_target(name))
 
     def _state(self, name: str, changes: list[Any], recorded: Mapping[str, Any] | None) -> State:
         exists = (folder(self.root, name) / "manifest.json").is_file()
