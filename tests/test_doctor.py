@@ -119,6 +119,24 @@ def test_a_dagster_home_that_is_unset_wrong_or_foreign_is_told(
     assert _found(project, "Dagster's home").status == status
 
 
+def test_a_home_of_this_project_stays_and_one_of_another_does_not(
+    project: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, services, another = (
+        project / ".valr" / "dagster",
+        project / ".valr" / "services" / "dagster",
+        tmp_path_factory.mktemp("another") / ".valr" / "dagster",
+    )
+    for home in (services, another):
+        home.mkdir(parents=True)
+    for given, kept in ((services, services), (own, own), (another, own), (project / ".valr", own), (Path("a"), own)):
+        monkeypatch.setenv("DAGSTER_HOME", str(given))
+        assert workspace.prepare(project)["DAGSTER_HOME"] == str(kept)
+        assert (_found(project, "Dagster's home").status == "ok") == (given == kept)
+    monkeypatch.delenv("DAGSTER_HOME")
+    assert workspace.prepare(project)["DAGSTER_HOME"] == str(own)
+
+
 def test_the_module_variable_that_breaks_dagster_dev_is_told(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DAGSTER_MODULE_NAME", "pipelines.definitions")
     assert _found(project, "Dagster's module").fix == "unset DAGSTER_MODULE_NAME"

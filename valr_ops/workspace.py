@@ -29,9 +29,14 @@ class WorkspaceError(RuntimeError):
 
 
 def environment(root: Path) -> dict[str, str]:
-    """Variables under which Dagster, DVC and MLflow work in this project."""
+    """Variables under which Dagster, DVC and MLflow work in this project.
+
+    A Dagster home of this project stays, as that of infra/local/up.sh; one of another project does not.
+    """
+    given = os.environ.get("DAGSTER_HOME", "")
+    is_ours = Path(given).is_absolute() and (root / ".valr").resolve() in Path(given).resolve().parents
     return {
-        "DAGSTER_HOME": str(root / ".valr" / "dagster"),
+        "DAGSTER_HOME": given if is_ours else str(root / ".valr" / "dagster"),
         "DAGSTER_CLI_ASSET_MATERIALIZE_MODULE_NAME": "pipelines.definitions",
         "DAGSTER_CLI_ASSET_LIST_MODULE_NAME": "pipelines.definitions",
         "DAGSTER_DISABLE_TELEMETRY": "true",
