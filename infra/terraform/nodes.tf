@@ -106,3 +106,36 @@ resource "aws_eks_node_group" "gpu" {
 
   depends_on = [aws_iam_role_policy_attachment.gpu_node]
 }
+
+data "aws_ec2_instance_type" "gpu" {
+  instance_type = var.gpu_instance_type
+}
+
+locals {
+  # GB: the local disks, or the root volume where the type has none.
+  gpu_node_disk = (
+    data.aws_ec2_instance_type.gpu.instance_storage_supported
+    ? data.aws_ec2_instance_type.gpu.total_instance_storage
+    : aws_launch_template.gpu.block_device_mappings[0].ebs[0].volume_size
+  )
+}
+
+# What cluster-autoscaler has to know of a node while there is none to look at. Of the type it knows cores, memory and
+# GPUs; every Job asks for disk as well, and no node would ever be added for one. Without the taint it adds one for any
+# pod. The tags stand on the scaling group, where every version reads them: newer ones look at the node group too, if they
+# may call eks:DescribeNodegroup. EKS itself sets the tags by which the group is found.
+resource "aws_autoscaling_group_tag" "gpu" {
+  for_each = {
+    # The kubelet keeps a tenth free, and some for itself.
+    "resources/ephemeral-storage" = "${floor(0.85 * local.gpu_node_disk)}G"
+    "taint/nvidia.com/gpu"        = "present:NoSchedule"
+  }
+
+  autoscaling_group_name = aws_eks_node_group.gpu.resources[0].autoscaling_groups[0].name
+
+  tag {
+    key                 = "k8s.io/cluster-autoscaler/node-template/${each.key}"
+    value               = each.value
+    propagate_at_launch = false
+  }
+}

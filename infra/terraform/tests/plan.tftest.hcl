@@ -13,6 +13,13 @@ mock_provider "aws" {
     }
   }
 
+  mock_data "aws_ec2_instance_type" {
+    defaults = {
+      instance_storage_supported = true
+      total_instance_storage     = 8000
+    }
+  }
+
   mock_data "aws_eks_cluster" {
     defaults = {
       identity = [{
@@ -112,6 +119,36 @@ run "gpu_nodes_wait_at_zero_behind_a_taint" {
   assert {
     condition     = aws_launch_template.gpu.metadata_options[0].http_tokens == "required" && aws_launch_template.gpu.metadata_options[0].http_put_response_hop_limit == 1
     error_message = "Pods could take the node's rights from its metadata."
+  }
+}
+
+run "a_job_that_asks_for_disk_gets_a_node_where_there_is_none" {
+  command = plan
+
+  assert {
+    condition = {
+      for tag in aws_autoscaling_group_tag.gpu : tag.tag[0].key => tag.tag[0].value
+      } == {
+      "k8s.io/cluster-autoscaler/node-template/resources/ephemeral-storage" = "6800G"
+      "k8s.io/cluster-autoscaler/node-template/taint/nvidia.com/gpu"        = "present:NoSchedule"
+    }
+    error_message = "cluster-autoscaler would take a new node for one without a disk, or for one that takes any pod."
+  }
+}
+
+run "a_node_without_local_disks_has_its_root_volume" {
+  command = plan
+
+  override_data {
+    target = data.aws_ec2_instance_type.gpu
+    values = {
+      instance_storage_supported = false
+    }
+  }
+
+  assert {
+    condition     = aws_autoscaling_group_tag.gpu["resources/ephemeral-storage"].tag[0].value == "170G"
+    error_message = "cluster-autoscaler would take a new node for a larger one."
   }
 }
 
