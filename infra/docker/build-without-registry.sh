@@ -32,7 +32,7 @@ local_folders() {
 }
 
 if ! run inspect --type image localhost/debian-python >/dev/null 2>&1; then
-    mmdebstrap --variant=minbase --include=ca-certificates,python3,python3-venv "$suite" "$store/base.tar"
+    mmdebstrap --variant=minbase --include=ca-certificates,python3,python3-venv,libpython3-dev "$suite" "$store/base.tar"
     container=$(run from scratch)
     run add --quiet "$container" "$store/base.tar" /
     run commit --quiet --rm "$container" localhost/debian-python
@@ -57,8 +57,13 @@ run bud --build-arg BASE=localhost/debian-python --build-arg "REVISION=$(git rev
 container=$(run from --pull-never valr:local)
 run run --user 10001:10001 "$container" -- python3 -m valr_ops run --help >/dev/null
 run run --user 10001:10001 "$container" -- python3 -c 'import pipelines.definitions, mlflow, torch; print("torch", torch.__version__)'
+# As Triton does for a compiled teacher.
 # shellcheck disable=SC2016
-run run "$container" -- sh -c 'for tool in gcc cc g++ make; do ! command -v "$tool" || exit 1; done' ||
+run run --user 10001:10001 "$container" -- sh -c \
+    'echo "#include <Python.h>" | gcc -shared -fPIC -I"$(python3 -c "import sysconfig; print(sysconfig.get_path(\"include\"))")" -x c - -o /tmp/built.so' ||
+    fail "the image can't build what Triton needs"
+# shellcheck disable=SC2016
+run run "$container" -- sh -c 'for tool in g++ make; do ! command -v "$tool" || exit 1; done' ||
     fail "the image holds build tools"
 run rm "$container" >/dev/null
 echo "valr:local is built, in $store/images"

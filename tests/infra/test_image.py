@@ -38,10 +38,12 @@ def test_the_image_starts_the_verbs_without_a_shell_and_without_rights() -> None
     assert user >= 10000 and group >= 10000, "a uid that no user of the node has"
 
 
-def test_nothing_of_what_builds_packages_is_in_the_image() -> None:
+def test_what_triton_builds_with_is_in_the_image_and_nothing_of_what_builds_packages() -> None:
     last = _instructions(-1)
     installed = [rest for name, rest in last if name == "RUN"]
-    assert re.findall(r"install -y --no-install-recommends ([\w ]+?) &&", " ".join(installed)) == ["git"]
+    packages = re.findall(r"install -y --no-install-recommends ([\w -]+?) &&", " ".join(installed))
+    assert packages == ["git gcc libc6-dev"], "a compiled teacher needs a C compiler; the recipe compiles four"
+    assert "Python.h" in " ".join(installed), "of BASE, looked for while the image is built"
     assert not any("pip" in command.split() for command in installed)
     assert [rest for name, rest in last if name == "COPY" and not rest.startswith("--from=")] == []
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -224,6 +225,19 @@ def test_compiled_features_are_those_of_the_plain_encoder(name: str) -> None:
     compiled.batch_images = 4
     squashed = plain.squash([picture(16 * number, 32) for number in range(1, 7)])
     torch.testing.assert_close(compiled.features(squashed), plain.features(squashed), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("device", "needed"), [("cpu", "a C++ compiler"), ("cuda", "a C compiler and Python.h")])
+def test_the_compiler_that_is_missing_is_that_of_the_device(device: str, needed: str) -> None:
+    from torch._inductor.exc import InductorError
+
+    def fails(_: Tensor) -> Tensor:
+        raise InductorError(RuntimeError("Failed to find C compiler"), None)
+
+    teacher = untrained("dinov3", compile=True)
+    teacher._compiled_encode, teacher.device = fails, torch.device(device)
+    with pytest.raises(TeacherError, match=rf"compile=true.*Failed to find C compiler; it needs {re.escape(needed)}"):
+        teacher._compiled(torch.zeros(1, 64, 64, 3, dtype=torch.uint8))
 
 
 @pytest.mark.slow

@@ -279,9 +279,13 @@ class Teacher:
             features = self._compiled_encode(F.pad(squashed, (0, 0, 0, 0, 0, 0, 0, -count % self._rest)))
         except torch._dynamo.exc.BackendCompilerFailed as error:
             reason = str(error).splitlines()[0]
+            # On a GPU it is Triton that compiles, its launchers in C.
+            needed = "a C compiler and Python.h (e.g. apt-get install gcc libc6-dev python3-dev, or set CC)"
+            if self.device.type == "cpu":
+                needed = "a C++ compiler (e.g. apt-get install g++, or set CXX)"
             raise TeacherError(
-                f"teachers.{self.name}.compile=true, but torch.compile failed: {reason}; it needs a C++ compiler "
-                "(e.g. apt-get install g++, or set CXX), or set compile to false"
+                f"teachers.{self.name}.compile=true, but torch.compile failed: {reason}; it needs {needed}, or set "
+                "compile to false"
             ) from error
         return features[:count]
 
