@@ -172,7 +172,8 @@ class _Job:
         """Bring the inputs to the bucket as far as they are not there, write the request, and return its location.
 
         Raises:
-            Failure: it may cost more than the recipe allows. StorageError: the bucket can't be written.
+            Failure: it may cost more than the recipe allows, or reads what no Pod has. StorageError: the bucket can't
+                be written.
         """
         from valr_ops.recipe import price
         from valr_ops.release import manifest, pod
@@ -181,7 +182,8 @@ class _Job:
 
         try:
             price.refuse(self.recipe, self.row.name, self.root)
-        except price.PriceError as error:
+            manifest.refuse_local_paths(self.row, self.recipe, self.root)
+        except (price.PriceError, manifest.LocalPathError) as error:
             raise _ended_badly(str(error), self.row.name, EXIT_CONFIGURATION) from None
         request, remote = manifest.request(self.row, self.recipe, self.root), Remote(self.recipe.cluster.bucket)
         for name, digest in request.inputs.items():

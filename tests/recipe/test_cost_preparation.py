@@ -53,6 +53,13 @@ def test_features_are_read_or_computed_as_training_will_choose() -> None:
     assert nothing.stores["features"] == 0 and "the stage only looks at a few" in nothing.remarks[0]
 
 
+def test_features_are_priced_on_the_gpus_of_one_node() -> None:
+    kept = override(PAPER, {"teachers": {"dinov3": {"features": "stored"}}})
+    one = price.price(kept, "teacher_features_dinov3")
+    of_two = price.price(override(kept, {"cluster.nodes": 2, "runtime.processes": 8}), "teacher_features_dinov3")
+    assert (of_two.gpus, of_two.hours) == (one.gpus, one.hours) and one.gpus == 4
+
+
 def test_a_teacher_without_a_formula_has_no_price_and_is_not_refused() -> None:
     unknown = "teacher_features_efficientnet"
     with pytest.raises(price.NoPriceError, match="what tf_efficientnet_lite0 computes is not known"):

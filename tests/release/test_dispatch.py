@@ -6,6 +6,7 @@ cluster that KUBECONFIG names. No image is needed where a node runs the Pod's co
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -20,9 +21,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import dagster as dg
 import pytest
 import yaml
 
+from assets.dispatch import _Job
 from tests.project import CHECKOUT
 from tests.release.stub import StubCluster
 from valr_ops.__main__ import main
@@ -30,7 +33,14 @@ from valr_ops.recipe import recipes
 from valr_ops.recipe.recipe import Recipe, RecipeError, override
 from valr_ops.release.dispatch import Cluster, ClusterAwayError, ClusterError
 from valr_ops.release.endings import Ending, Pace, ending
-from valr_ops.release.manifest import MEMBER, documents
+from valr_ops.release.manifest import (
+    DATA_FOLDER,
+    MEMBER,
+    LocalPathError,
+    documents,
+    refuse_local_paths,
+    request,
+)
 from valr_ops.stages import STAGES, stage
 
 SMALL = {"cpu": "10m", "memory": "64Mi", "shared_memory": "1Mi", "scratch": "10Mi", "image": "busybox:1.37"}
@@ -163,7 +173,7 @@ def test_who_comes_second_attaches_to_the_same_job(place: Place, tmp_path: Path)
     ("command", "kind", "sentence"),
     [
         ("exit 42", "configuration", "status 42"),
-        ("exit 75", "resume", "stopped at a checkpoint"),
+        ("exit 75", "resume", "stopped when it was told to"),
         ("exit 1", "failed", "ended with status 1"),
         ("exit 137", "killed", "SIGKILL"),
     ],
@@ -565,7 +575,14 @@ MANY = [
     if row.resources == "gpu"
     for scale, changes in (
         ("tiny", {}),
-        ("small", {"cluster.secrets": ["valr-bucket"], "cluster.service_account": "valr-stage"}),
+        (
+            "small",
+            {
+                "cluster.secrets": ["valr-bucket"],
+                "cluster.service_account": "valr-stage",
+                "cluster.data_claim": "valr-data",
+            },
+        ),
         ("paper", {"cluster.queue": "gpus", "cluster.priority_class": "valr-stages"}),
         ("paper", {"cluster.nodes": 2, "runtime.processes": 8}),
         ("paper", {"cluster.nodes": 2, "runtime.processes": 8, "cluster.gang": "jobset", "cluster.queue": "gpus"}),
@@ -614,12 +631,18 @@ def test_manifests_keep_the_rules_that_no_schema_knows(name: str, scale: str, ch
     assert ("nvidia.com/gpu" in limits) == (recipe.runtime.device == "cuda")
     if stage(name).group == "training" and recipe.runtime.device == "cuda":
         assert int(limits["nvidia.com/gpu"]) * spec["completions"] == recipe.runtime.processes
-    memory = {volume["name"]: volume["emptyDir"] for volume in pod["volumes"]}["shared-memory"]
+    if stage(name).group == "teachers" and recipe.runtime.device == "cuda":
+        assert spec["completions"] == 1
+        assert int(limits["nvidia.com/gpu"]) * recipe.cluster.nodes == recipe.runtime.processes, "as many as a node has"
+    memory = {volume["name"]: volume.get("emptyDir", {}) for volume in pod["volumes"]}["shared-memory"]
     assert memory["medium"] == "Memory" and _bytes(memory["sizeLimit"]) < _bytes(limits["memory"])
     assert (
         pod["securityContext"]["runAsNonRoot"] and pod["securityContext"]["seccompProfile"]["type"] == "RuntimeDefault"
     )
     assert container["securityContext"]["readOnlyRootFilesystem"]
+    written = {mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")}
+    variables = {one["name"]: one["value"] for one in container["env"]}
+    assert {variables["TMPDIR"], "/tmp"} <= written, "what torch.compile and Triton build; /tmp is the image's HOME"
     assert not container["securityContext"]["allowPrivilegeEscalation"]
     assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
     assert pod["automountServiceAccountToken"] is False
@@ -632,6 +655,110 @@ def test_manifests_keep_the_rules_that_no_schema_knows(name: str, scale: str, ch
     for service in services:
         assert service["metadata"]["name"] == pod["subdomain"]
         assert service["spec"]["selector"].items() <= spec["template"]["metadata"]["labels"].items()
+
+
+CLAIM = {"name": "data", "persistentVolumeClaim": {"claimName": "valr-data", "readOnly": True}}
+
+
+@pytest.mark.parametrize(
+    ("name", "mounted"),
+    [
+        ("teacher_features_dinov3", True),
+        ("teacher_features_qwen", False),
+        ("stage2_valr_s", True),
+        ("scores_base", True),
+        ("stage1_sft", False),
+        ("base_model", False),
+    ],
+)
+def test_a_pod_that_reads_local_paths_gets_the_claim_read_only(name: str, mounted: bool) -> None:
+    pod = job_in(documents_of(name, "paper", {"cluster.data_claim": "valr-data"})[-1])["spec"]["template"]["spec"]
+    mount = {"name": "data", "mountPath": DATA_FOLDER, "readOnly": True}
+    assert (CLAIM in pod["volumes"]) == (mount in pod["containers"][0]["volumeMounts"]) == mounted
+    without = job_in(documents_of(name, "paper", {})[-1])["spec"]["template"]["spec"]
+    assert [volume for volume in without["volumes"] if "persistentVolumeClaim" in volume] == []
+
+
+CLAIMED = {"cluster.data_claim": "valr-data"}
+OWN = {"scenes": {"format": "jsonl", "path": "data/own"}, "far": {"format": "jsonl", "path": "s3://bucket/own"}}
+HUB = {"weights": None, "hub_id": "timm/x", "revision": "0" * 40}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        (
+            "teacher_features_dinov3",
+            {},
+            r"teachers\.dinov3\.weights=weights/dinov3\.safetensors, .*cluster\.data_claim",
+        ),
+        ("teacher_features_dinov3", {}, r"or set teachers\.dinov3\.hub_id and revision instead"),
+        ("teacher_features_dinov3", CLAIMED, None),
+        ("teacher_features_dinov3", {"teachers.dinov3": HUB}, None),
+        (
+            "teacher_features_dinov3",
+            {**CLAIMED, "teachers.dinov3.weights": "/mnt/x.safetensors"},
+            "to the claim valr-data",
+        ),
+        (
+            "teacher_features_dinov3",
+            {**CLAIMED, "teachers.dinov3.weights": "../x.safetensors"},
+            "to the claim valr-data",
+        ),
+        ("teacher_features_qwen", {}, None),
+        ("stage2_valr_s", {}, r"teachers\.dinov3\.weights"),
+        ("stage2_valr_s", {"teachers.dinov3.features": "stored"}, None),
+        ("alignment_maps", {}, r"teachers\.dinov3\.weights=.* and 2 more"),
+        ("scores_base", {}, r"evaluation\.benchmarks\.blink\.path=data/benchmarks/blink and 5 more, and its Pod has"),
+        ("scores_base", {"evaluation.benchmarks": {}}, None),
+        (
+            "scores_base",
+            {"evaluation.benchmarks": {}, "data.sources": OWN},
+            r"sources\.scenes\.path=data/own, .*s3://bucket",
+        ),
+        ("base_model", {}, None),
+        ("base_model", {"base.hub_id": None, "base.path": "weights/qwen"}, r"base\.path=weights/qwen.*base\.hub_id"),
+        ("stage1_sft", {}, None),
+    ],
+)
+def test_what_a_pod_would_not_find_is_refused_before_it_takes_a_gpu(
+    name: str, changes: dict[str, Any], said: str | None, tmp_path: Path
+) -> None:
+    row, recipe = stage(name), override(recipes.paper(), changes)
+    if said is None:
+        refuse_local_paths(row, recipe, tmp_path)
+        return
+    with pytest.raises(LocalPathError, match=rf"^{name} is not dispatched: .*{said}"):
+        refuse_local_paths(row, recipe, tmp_path)
+
+
+@pytest.mark.parametrize(("mode", "refused"), [("stored", False), ("online", True)])
+def test_training_reads_the_weights_of_a_teacher_whose_features_it_computes(
+    mode: str, refused: bool, tmp_path: Path
+) -> None:
+    index = tmp_path / "artifacts" / "teacher_features_dinov3" / "index.json"
+    index.parent.mkdir(parents=True)
+    index.write_text(json.dumps({"mode": mode}))
+    with pytest.raises(LocalPathError) if refused else contextlib.nullcontext():
+        refuse_local_paths(stage("stage2_valr_s"), recipes.paper(), tmp_path)
+
+
+def test_dagster_is_told_what_a_pod_would_not_find(tmp_path: Path) -> None:
+    job = _Job(stage("teacher_features_dinov3"), recipes.paper(), tmp_path)
+    with pytest.raises(dg.Failure, match=r"weights/dinov3\.safetensors") as failed:
+        job.submit(print)
+    assert failed.value.metadata["exit_status"].value == 42 and not failed.value.allow_retries
+
+
+def test_exchanged_weights_are_other_work(tmp_path: Path) -> None:
+    weights = tmp_path / "dinov3.safetensors"
+    recipe, row = override(recipes.paper(), {"teachers.dinov3.weights": str(weights)}), stage("teacher_features_dinov3")
+    asked = [request(row, recipe, CHECKOUT)]
+    for content in (b"one", b"two"):
+        weights.write_bytes((8).to_bytes(8, "little") + b"{}      " + content)
+        asked.append(request(row, recipe, CHECKOUT))
+    assert asked[0].weights is None and len({one.key for one in asked}) == 3
+    assert {request(stage("stage1_sft"), one, CHECKOUT).weights for one in (recipe, recipes.paper())} == {None}
 
 
 def job_in(document: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -21,11 +22,15 @@ from tests.release.pods import Pod, copied, request_for, training_request, until
 from tests.store.proxy import between
 from tests.store.weed import Weed
 from valr_ops.model import checkpoint
+from valr_ops.recipe.recipe import read
 from valr_ops.release import pod
 from valr_ops.release.pod import FailedError, JobError, Result
+from valr_ops.stages import RECIPE_FILE, Stage
 from valr_ops.store import objects
+from valr_ops.store.artifacts import Ledger, directory_digest
 from valr_ops.store.objects import S3Files, TakenError, UnreachableError
 from valr_ops.store.remote import Remote
+from valr_ops.teachers.weights import weights_sample
 from valr_ops.training.stop import TrainingInterrupted
 
 
@@ -40,7 +45,8 @@ def test_a_request_has_the_key_of_what_decides_its_artifact() -> None:
         replace(one, attempt=1),
         replace(one, inputs={"sources": "0.dir"}),
     ]
-    assert len({one.key, *(other.key for other in others)}) == 5
+    others += [replace(one, weights=sample) for sample in ("first", "second")]
+    assert len({one.key, *(other.key for other in others)}) == 7
     third = replace(one, attempt=2)
     assert third.checkpoints == [f"{replace(one, attempt=number).url}/checkpoints" for number in (2, 1, 0)]
 
@@ -101,6 +107,135 @@ def test_messages_leave_no_gap_and_results_go_last_or_not_at_all(
         told = [json.loads(store.objects[name])["method"] for name in store.names()[1:]]
         reported = ["report_asset_check", "report_asset_materialization"] if results else []
         assert told == ["opened", "log", *reported, "closed"]
+
+
+def test_what_the_claim_holds_stands_in_the_project_of_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in (
+        "image/dvc.yaml",
+        "image/valr_ops/stages.py",
+        "claim/weights/a.safetensors",
+        "claim/valr_ops/stages.py",
+    ):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(path)
+    (tmp_path / "job").mkdir()
+    monkeypatch.setattr(pod, "project_root", lambda: tmp_path / "image")
+    monkeypatch.setattr(pod, "DATA_FOLDER", str(tmp_path / "claim"))
+    pod._lay_out(request_for(), tmp_path / "job")
+    assert (tmp_path / "job" / "weights" / "a.safetensors").read_text() == "claim/weights/a.safetensors"
+    assert (tmp_path / "job" / "valr_ops" / "stages.py").read_text() == "image/valr_ops/stages.py", (
+        "code is the image's"
+    )
+
+
+def test_a_pod_with_other_weights_than_the_orchestrator_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    weights = tmp_path / "dinov3.safetensors"
+    weights.write_bytes(bytes(16))
+    changes = {"teachers.dinov3.weights": weights.name, "teachers.dinov3.pretraining_steps": 0}
+    request = request_for("teacher_features_dinov3", **changes)
+    sample = weights_sample("dinov3", read(request.recipe).teachers["dinov3"])
+    for same in (None, sample):
+        pod._refuse_other_weights(replace(request, weights=same))
+    with pytest.raises(JobError, match=r"teachers\.dinov3 that this Pod has are others.*cluster\.data_claim"):
+        pod._refuse_other_weights(replace(request, weights="other"))
+
+
+FIRST_OF_A_CONTAINER = """
+import os, sys, time
+from valr_ops.__main__ import main
+from valr_ops.release import pod
+from valr_ops.training.stop import StopSignals
+
+def request(url):
+    with StopSignals():
+        pass  # training has come to its end
+    print(os.getpid(), flush=True)
+    time.sleep(300)
+
+pod._request = request
+sys.exit(main(["run", "scores_base", "--job", "s3://test/jobs/a"]))
+"""
+
+
+def test_the_first_process_of_a_container_ends_when_it_is_told_to() -> None:
+    words = ["unshare", "-Urpf", "--mount-proc", "--kill-child", sys.executable, "-c", FIRST_OF_A_CONTAINER]
+    with subprocess.Popen(words, cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as container:
+        try:
+            assert container.stdout is not None and container.stderr is not None
+            said = container.stdout.readline()
+            if not said and re.search("unshare failed|not permitted", told := container.stderr.read()):
+                pytest.skip(f"this machine allows no container: {told}")
+            assert said == "1\n"
+            (first,) = psutil.Process(container.pid).children()
+            first.terminate()
+            assert container.wait(60) == 75, "the kernel drops what the first process has no handler for"
+        finally:
+            container.kill()
+
+
+@pytest.mark.parametrize(
+    ("changed", "reasons"),
+    [
+        (None, ()),
+        ("input", ("input cot_corpus changed",)),
+        ("recipe", ("recipe field seed: 0 -> 7",)),
+        ("code", ("code code.py changed",)),
+    ],
+)
+def test_what_changed_at_home_while_a_job_was_out_is_not_recorded_as_what_made_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str | None, reasons: tuple[str, ...]
+) -> None:
+    from dvc.repo import Repo
+
+    def write(path: str, content: str) -> None:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        # A published folder is replaced, and never written into.
+        (tmp_path / path).unlink(missing_ok=True)
+        (tmp_path / path).write_text(content)
+
+    class Store:
+        def __init__(self, url: str) -> None:
+            pass
+
+        def fetch(self, digest: str, to: Path) -> None:
+            to.mkdir(parents=True)
+            (to / "manifest.json").write_text("made")
+
+    Repo.init(str(tmp_path), no_scm=True).close()
+    stages = {
+        "cot_corpus": {"cmd": "make", "deps": ["code.py"], "outs": ["artifacts/cot_corpus"]},
+        "sources": {
+            "cmd": "make",
+            "deps": ["artifacts/cot_corpus", "code.py"],
+            "params": [{RECIPE_FILE: ["seed"]}],
+            "outs": ["artifacts/sources"],
+        },
+    }
+    write("dvc.yaml", yaml.safe_dump({"stages": stages}))
+    write("code.py", "first")
+    write(RECIPE_FILE, "seed: 0\n")
+    write("artifacts/cot_corpus/manifest.json", "first")
+    monkeypatch.chdir(tmp_path)
+    asked = replace(request_for(seed=0), inputs={"cot_corpus": Ledger(tmp_path).commit("cot_corpus")}, code="first")
+    monkeypatch.setattr(Stage, "code_digest", lambda self, root: (root / "code.py").read_text())
+    Store("").fetch("", tmp_path / "away")
+    monkeypatch.setattr(pod, "result", lambda url: Result(directory_digest(tmp_path / "away")))
+    monkeypatch.setattr(pod, "_request", lambda url: asked)
+    monkeypatch.setattr(pod, "Remote", Store)
+    monkeypatch.setattr(pod, "_take_over_spool", lambda *_: None)
+    if changed == "input":
+        write("artifacts/cot_corpus/manifest.json", "second")
+        Ledger(tmp_path).commit("cot_corpus")
+    elif changed == "recipe":
+        write(RECIPE_FILE, "seed: 7\n")
+    elif changed == "code":
+        write("code.py", "second")
+    pod.collect(asked.url, tmp_path)
+    state = Ledger(tmp_path).states(["sources"])["sources"]
+    assert (state.exists, state.edited, state.reasons) == (True, False, reasons)
 
 
 # ------------------------------------------------------------------------------------------------- on a real S3 server
@@ -207,6 +342,7 @@ def test_a_job_for_another_stage_or_of_another_version_is_refused(store: str) ->
         "recipe": dict(one.recipe),
         "inputs": {},
         "code": one.code,
+        "weights": None,
         "attempt": 0,
     }
     S3Files(url).put("request.json", json.dumps({**request, "code": "other"}).encode())

@@ -484,7 +484,9 @@ class WaitingForTheOther(Progress):
         raise AssertionError("no other process finished a shard within a minute")
 
 
-def test_two_processes_give_the_same_bytes_as_one(
+@pytest.mark.parametrize("two", [{"runtime.processes": 2}, {"runtime.processes": 4, "cluster.nodes": 2}])
+def test_two_processes_of_a_node_give_the_same_bytes_as_one(
+    two: dict[str, int],
     inputs: dict[str, Path],
     recipe: Recipe,
     whole: tuple[StageReport, dict[str, bytes]],
@@ -501,7 +503,7 @@ def test_two_processes_give_the_same_bytes_as_one(
 
     monkeypatch.setattr(features.multiprocessing.get_context("spawn"), "Process", process)
     counts = computed(monkeypatch)
-    context = stage_context(inputs, tmp_path, override(recipe, {"runtime.processes": 2}))
+    context = stage_context(inputs, tmp_path, override(recipe, two))
     report = build_teacher_features(replace(context, progress=WaitingForTheOther(context.work)))
     assert contents(tmp_path / "out") == whole[1] and report.summary == whole[0].summary
     assert 12 <= sum(counts) <= 36, "the other one computed the rest"

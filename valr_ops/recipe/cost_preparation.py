@@ -102,7 +102,7 @@ def features_price(recipe: Recipe, row: Stage, corpus: Corpus, model: Shape) -> 
     name = row.name.removeprefix(FEATURES)
     if name not in recipe.teachers:
         raise PriceError(f"{row.name} needs teachers.{name}, which is not in the recipe; add it to params.yaml")
-    one, processes = teacher(recipe, name, corpus, model), recipe.runtime.processes
+    one, processes = teacher(recipe, name, corpus, model), recipe.processes_of_a_node
     if one is None:
         raise NoPriceError(f"{row.name} has no price: what {recipe.teachers[name].model} computes is not known here")
     targets = corpus.targets if one.mode == "stored" else 0.0

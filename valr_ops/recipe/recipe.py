@@ -533,12 +533,16 @@ class ClusterRecipe(_Values):
     """Paper silent; Secrets whose keys become the Pods' environment: keys of the bucket, address of MLflow."""
     service_account: Label | None = None
     """Paper silent; account of the Pods, where the cloud gives it access to the bucket; they get no API token."""
+    data_claim: Label | None = None
+    """Paper silent; PersistentVolumeClaim with what the recipe names by local paths, read-only: the Pod of a stage that
+    reads one finds the claim's folders, such as weights and data, in its project. Null refuses such a stage."""
     queue: Label | None = None
     """Paper silent; Kueue's LocalQueue; Jobs are made suspended and Kueue starts them. Null starts them at once."""
     priority_class: Label | None = None
     """Paper silent; which Pods make room for which, null for the cluster's default."""
     nodes: PositiveInt = 1
-    """Paper: table 7, one node; training divides runtime.processes among them, one GPU a process."""
+    """Paper: table 7, one node; training divides runtime.processes among them, one GPU a process; other stages are
+    on one."""
     gang: Literal["indexed_job", "jobset"] = "indexed_job"
     """Paper silent; what training on several nodes is: an Indexed Job, which every cluster knows, or a JobSet."""
     cpu: Quantity = "2"
@@ -851,6 +855,11 @@ class Recipe(_Values):
             return override(self, {key: value for key, value in changes.items() if value is not None})
         except RecipeError as error:
             raise RecipeError(f"variants.{name}: {error}") from None
+
+    @property
+    def processes_of_a_node(self) -> int:
+        """How many of `runtime.processes` work on each of `cluster.nodes`, where each has a GPU to itself."""
+        return self.runtime.processes // self.cluster.nodes
 
     @property
     def fingerprint(self) -> str:

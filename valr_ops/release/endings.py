@@ -18,6 +18,7 @@ from valr_ops.release.manifest import CONTAINER
 
 _IMAGE_REASONS = ("ErrImagePull", "ImagePullBackOff", "ErrImageNeverPull", "InvalidImageName", "ImageInspectError")
 _START_REASONS = ("CreateContainerConfigError", "CreateContainerError", "RunContainerError")
+_GOES_ON = "run the same again: training goes on from its last checkpoint, other stages begin again"
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ def _by_exit_code(pod: str, code: int, ended: Mapping[str, Any], cluster: Cluste
     if code == EXIT_CONFIGURATION:
         return Ending("configuration", said or f"Pod {pod} ended with status 42: its log says what has to be mended")
     if code == EXIT_AT_CHECKPOINT:
-        return Ending("resume", f"Pod {pod} stopped at a checkpoint; run the same again and it goes on from there")
+        return Ending("resume", f"Pod {pod} stopped when it was told to; {_GOES_ON}")
     if code == 137 and said.startswith("rank "):
         return Ending(
             "killed",
@@ -187,7 +188,7 @@ def _from_message(name: str, message: str) -> Ending:
     if code and int(code[1]) == EXIT_CONFIGURATION:
         return Ending("configuration", f"Job {name} ended with status 42; the log of its run says what to mend")
     if code and int(code[1]) == EXIT_AT_CHECKPOINT:
-        return Ending("resume", f"Job {name} stopped at a checkpoint; run the same again and it goes on from there")
+        return Ending("resume", f"Job {name} stopped when it was told to; {_GOES_ON}")
     if "DisruptionTarget" in message:
         return Ending(
             "evicted", f"a Pod of Job {name} was taken away; run the same again: it goes on from its checkpoint"

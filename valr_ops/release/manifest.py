@@ -31,8 +31,73 @@ SPEC_DIGEST = "valr/spec"
 MEMBER = "n"
 """Name of the one Job in a JobSet. Short, as it is part of the Pods' names."""
 
+DATA_FOLDER = "/mnt/valr-data"
+"""Where a Pod has the claim `cluster.data_claim`; the job's project links to what is in it."""
+
 _UID = 10001
 _PORT = 29500
+_FEATURES = "teacher_features_"
+
+
+class LocalPathError(ValueError):
+    """A stage that reads a file which its Pod would not have: the message names field, path and the ways out."""
+
+
+def refuse_local_paths(row: Stage, recipe: Recipe, root: Path) -> None:
+    """Raise `LocalPathError` for what the stage reads by a local path and its Pod would not find, before it has one."""
+    claim = recipe.cluster.data_claim
+    lost = {
+        field: path
+        for field, path in _local_paths(row, recipe, root).items()
+        if claim is None or path.startswith(("/", "~")) or ".." in path.split("/")
+    }
+    if not lost:
+        return
+    (field, path), more = next(iter(lost.items())), f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+    ways = [
+        f"copy it to the claim {claim} and write its path from there, such as weights/NAME"
+        if claim
+        else "copy the folder to a claim and name that in cluster.data_claim (infra/README.md)"
+    ]
+    section = field.partition(".")[0]
+    if section in ("teachers", "base"):
+        ways.append(f"set {field.rpartition('.')[0]}.hub_id and revision instead")
+    elif section == "data":
+        ways.append("name an s3://bucket/prefix")
+    raise LocalPathError(
+        f"{row.name} is not dispatched: it reads {field}={path}{more}, and its Pod has the image, the bucket"
+        f"{f' and the claim {claim}' if claim else ''} only; {', or '.join(ways)}"
+    )
+
+
+def _local_paths(row: Stage, recipe: Recipe, root: Path | None = None) -> dict[str, str]:
+    """By field the local files and folders that the stage reads beside its artifacts.
+
+    Args:
+        root: project with the artifacts of teachers, which say whether training computes features itself; without one
+            the recipe says whether it may.
+    """
+    found: dict[str, str | None] = {}
+    if row.name == "base_model":
+        found["base.path"] = recipe.base.path
+    names = [row.name] if row.group == "teachers" else [one for one in row.inputs if one.startswith(_FEATURES)]
+    for name in (one.removeprefix(_FEATURES) for one in names):
+        if name in recipe.teachers and (row.group == "teachers" or _online(name, recipe, root)):
+            found[f"teachers.{name}.weights"] = recipe.teachers[name].weights
+    if "benchmarks" in row.inputs:
+        found |= {f"evaluation.benchmarks.{name}.path": one.path for name, one in recipe.evaluation.benchmarks.items()}
+    if "sources" in row.inputs:
+        # Their test records are asked.
+        own = {name: one for name, one in recipe.data.sources.items() if one.format == "jsonl"}
+        found |= {f"data.sources.{name}.path": one.path for name, one in own.items()}
+    return {field: path for field, path in found.items() if path is not None and not path.startswith("s3://")}
+
+
+def _online(teacher: str, recipe: Recipe, root: Path | None) -> bool:
+    index = root / "artifacts" / f"{_FEATURES}{teacher}" / "index.json" if root is not None else None
+    if index is not None and index.is_file():
+        return bool(json.loads(index.read_text(encoding="utf-8"))["mode"] == "online")
+    return recipe.teachers[teacher].features != "stored"
 
 
 def request(row: Stage, recipe: Recipe, root: Path) -> Request:
@@ -47,7 +112,22 @@ def request(row: Stage, recipe: Recipe, root: Path) -> Request:
         recipe=recipe.model_dump(mode="json"),
         inputs={name: ledger.digest(name) or "" for name in row.inputs},
         code=row.code_digest(root),
+        weights=_weights(row, recipe),
     )
+
+
+def _weights(row: Stage, recipe: Recipe) -> str | None:
+    """`Request.weights`."""
+    name = row.name.removeprefix(_FEATURES)
+    if row.group != "teachers" or name not in recipe.teachers:
+        return None
+    from valr_ops.teachers.weights import TeacherError, weights_sample
+
+    try:
+        return weights_sample(name, recipe.teachers[name])
+    except TeacherError:
+        # They are on the claim only; what is wrong with them the stage says.
+        return None
 
 
 def job_name(stage: str, url: str) -> str:
@@ -60,10 +140,13 @@ def job_name(stage: str, url: str) -> str:
 
 
 def gpus(row: Stage, recipe: Recipe) -> int:
-    """GPUs of each Pod: one a process for what runs `runtime.processes`, else one; none where the recipe says cpu."""
+    """GPUs of each Pod: one a process of its node in training and extraction, else one; none where the recipe says cpu.
+
+    Extraction is one Pod even where training is several, and has the GPUs of one node.
+    """
     if row.resources != "gpu" or recipe.runtime.device == "cpu":
         return 0
-    return recipe.runtime.processes // _nodes(row, recipe) if row.group in ("training", "teachers") else 1
+    return recipe.processes_of_a_node if row.group in ("training", "teachers") else 1
 
 
 def _nodes(row: Stage, recipe: Recipe) -> int:
@@ -86,7 +169,7 @@ def stage_command(row: Stage, recipe: Recipe, url: str) -> list[str]:
     first = f"{name}-{MEMBER}-0-0.{name}" if _is_set(row, recipe) else f"{name}-0.{SERVICE}"
     return [
         *("python3", "-m", "valr_ops.release.ranks", f"--nnodes={nodes}", "--node-rank=$(JOB_COMPLETION_INDEX)"),
-        f"--nproc-per-node={recipe.runtime.processes // nodes}",
+        f"--nproc-per-node={recipe.processes_of_a_node}",
         *(f"--master-addr={first}", f"--master-port={_PORT}"),
         # Pods start as their nodes pull the image; and ranks need the whole grace period to write a checkpoint.
         *("--rdzv-conf=timeout=1800", f"--shutdown-timeout={recipe.cluster.grace_seconds}"),
@@ -270,6 +353,11 @@ def _pod(row: Stage, recipe: Recipe, command: list[str], environment: Mapping[st
             {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": cluster.shared_memory}},
         ],
     }
+    if cluster.data_claim and _local_paths(row, recipe):
+        pod["volumes"].append(
+            {"name": "data", "persistentVolumeClaim": {"claimName": cluster.data_claim, "readOnly": True}}
+        )
+        pod["containers"][0]["volumeMounts"].append({"name": "data", "mountPath": DATA_FOLDER, "readOnly": True})
     if gpu:
         pod["tolerations"] = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
     if cluster.service_account:

@@ -6,7 +6,8 @@ Below ``jobs/<key>``: request.json, messages/NNNNNNNN.json (what Dagster Pipes i
 spool/ (measurements for MLflow, which only the orchestrator reaches) and result.json, the last to be written and only
 where there is none.
 Always: the same request has the same key, so that nothing is started twice; a pod that is killed at any moment is
-followed by one that goes on; what a retry may mend leaves no result.
+followed by one that goes on; one that is told to stop ends at once, in training at the next checkpoint; what a retry
+may mend leaves no result.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -23,15 +25,17 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import yaml
 from filelock import FileLock
 
 from valr_ops import runner
-from valr_ops.exits import EXIT_CONFIGURATION, exit_status
+from valr_ops.exits import EXIT_AT_CHECKPOINT, EXIT_CONFIGURATION, exit_status
 from valr_ops.recipe.recipe import read
 from valr_ops.recipe.secrets import redacted
+from valr_ops.release.manifest import DATA_FOLDER
 from valr_ops.stages import RECIPE_FILE, stage
 from valr_ops.store.artifacts import Ledger, StageContext, folder, project_root, published
 from valr_ops.store.objects import Cache, MissingError, S3Files, StorageError, TakenError, patiently
@@ -54,6 +58,13 @@ class FailedError(JobError):
     """The job ended with an error that a retry can't mend."""
 
 
+class _ToldToStop(SystemExit):
+    """A signal ends the process wherever it is: no `Exception`, which a stage may take for a fault of a record."""
+
+    def __str__(self) -> str:
+        return "stopped by a signal; the same job can be started again"
+
+
 @dataclass(frozen=True)
 class Request:
     """What a pod is asked to make."""
@@ -67,6 +78,9 @@ class Request:
     """DVC digest of each input artifact, by stage name; all are in the store."""
     code: str
     """`Stage.code_digest`."""
+    weights: str | None = None
+    """`weights_sample` of a teacher's weights, where the orchestrator can read them: others at the same path are other
+    work."""
     attempt: int = 0
     """Distinguishes a try after a failure from the failed one."""
 
@@ -75,6 +89,7 @@ class Request:
         """Sixteen hexadecimal digits over all that decides the artifact, and the attempt."""
         fields = {name: _at(self.recipe, name) for name in stage(self.stage).parameters}
         decides = [self.stage, fields, dict(self.inputs), self.code, self.attempt]
+        decides += [self.weights] if self.weights else []
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
@@ -147,8 +162,11 @@ def collect(url: str, root: Path) -> Result:
     staged = state / "staging" / f"{request.stage}.{request.key}"
     shutil.rmtree(staged, ignore_errors=True)
     Remote(request.store).fetch(ended.digest, staged)
+    ledger, same_code = Ledger(root), stage(request.stage).code_digest(root) == request.code
+    # What changed here while the job was out has no part in what it made.
+    asked = ledger.requested(request.stage, request.inputs, request.recipe, same_code=same_code)
     with published(staged, folder(root, request.stage), state / "trash" / request.stage):
-        recorded = Ledger(root).commit(request.stage)
+        recorded = ledger.commit(request.stage, asked)
     if recorded != ended.digest:
         raise JobError(
             f"DVC recorded {recorded} for {request.stage}, but the job made {ended.digest}; did something write into "
@@ -158,6 +176,28 @@ def collect(url: str, root: Path) -> Result:
     return ended
 
 
+@contextlib.contextmanager
+def _stopping() -> Iterator[None]:
+    """Within it SIGTERM ends the process; where training waits for the signal instead, `StopSignals` takes its place.
+
+    The first process of a container has no handlers but its own: without one the kernel drops the signal, and the GPU
+    is held for the whole grace period. Ranks are not the first: torchrun is, and waits for them.
+    """
+    if "RANK" in os.environ or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise _ToldToStop(EXIT_AT_CHECKPOINT)
+
+
+@_stopping()
 def run_job(url: str, name: str) -> Result:
     """The pod's side: fetch the inputs, make the artifact of stage `name`, store it, and write the result.
 
@@ -228,12 +268,27 @@ def _carry_out(request: Request, root: Path) -> Result:
     progress = open_progress(root, request.stage)
     _bring(request, root, progress)
     with contextlib.chdir(root), _checkpoints_mirrored(request, root, progress.say):
+        _refuse_other_weights(request)
         made = runner.run(request.stage, recorded=False)
         stored = _remote(request).push(folder(root, request.stage))
     if not stored.first:
         progress.say(f"{stored.digest} was in the store already: another writer made the same artifact first")
     _store_spool(root / ".valr" / "spool", S3Files(f"{request.url}/spool"))
     return Result(stored.digest, stored.size, stored.files, asdict(made.report))
+
+
+def _refuse_other_weights(request: Request) -> None:
+    """Else the features would be out of date as soon as they are home. In the job's project, after its layout."""
+    if request.weights is None:
+        return
+    from valr_ops.teachers.weights import weights_sample
+
+    name = request.stage.removeprefix("teacher_features_")
+    if weights_sample(name, read(request.recipe).teachers[name]) != request.weights:
+        raise JobError(
+            f"{request.stage}: the weights of teachers.{name} that this Pod has are others than the orchestrator's; "
+            "copy them to the claim in cluster.data_claim again"
+        )
 
 
 def _bring(request: Request, root: Path, progress: Progress) -> None:
@@ -310,10 +365,11 @@ def _tidy(request: Request, root: Path) -> None:
 def _lay_out(request: Request, root: Path) -> None:
     """A project folder of the job's own: the code and settings of this machine's, the recipe and inputs of the request.
 
-    What an earlier container of the same pod left of the work stays.
+    Beside them what the claim holds. What an earlier container of the same pod left of the work stays.
     """
     shutil.rmtree(root / "artifacts", ignore_errors=True)
-    for path in project_root().iterdir():
+    claim = Path(DATA_FOLDER)
+    for path in [*project_root().iterdir(), *(claim.iterdir() if claim.is_dir() else ())]:
         link = root / path.name
         if not path.name.startswith(".") and path.name not in ("artifacts", "dvc.lock") and not link.is_symlink():
             link.symlink_to(path)

@@ -232,7 +232,7 @@ def _extractor(context: StageContext, name: str) -> Extractor:
     if device == "cuda" and context.part is not None:
         # Processes of one machine take its GPUs in turn; a pod that sees one takes that.
         device = f"cuda:{context.part[0] % torch.cuda.device_count()}"
-    threads = max(1, len(os.sched_getaffinity(0)) // runtime.processes)
+    threads = max(1, len(os.sched_getaffinity(0)) // context.recipe.processes_of_a_node)
     return Extractor(_load(context, name, device), ImageStore(context.inputs["cot_corpus"]), threads)
 
 
@@ -324,9 +324,8 @@ def _one_by_one(steps: Iterable[int], progress: Progress) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _other_processes(context: StageContext) -> Iterator[None]:
-    """The other processes of `runtime.processes`, each a part; what one leaves undone, this one does."""
-    count = context.recipe.runtime.processes
-    recipe = context.recipe
+    """The other processes of this node, each a part; what one leaves undone, this one does."""
+    recipe, count = context.recipe, context.recipe.processes_of_a_node
     name = context.stage.removeprefix("teacher_features_")
     decided = recipe.teachers[name].model_copy(update={"features": "stored"})
     recipe = recipe.model_copy(update={"teachers": {**recipe.teachers, name: decided}})
