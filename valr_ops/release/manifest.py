@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from valr_ops.exits import EXIT_AT_CHECKPOINT, EXIT_CONFIGURATION
+from valr_ops.recipe.cost_artifacts import FEATURES
 from valr_ops.recipe.recipe import ClusterRecipe, Recipe
 from valr_ops.stages import Stage
 
@@ -36,7 +37,6 @@ DATA_FOLDER = "/mnt/valr-data"
 
 _UID = 10001
 _PORT = 29500
-_FEATURES = "teacher_features_"
 
 
 class LocalPathError(ValueError):
@@ -80,8 +80,8 @@ def _local_paths(row: Stage, recipe: Recipe, root: Path | None = None) -> dict[s
     found: dict[str, str | None] = {}
     if row.name == "base_model":
         found["base.path"] = recipe.base.path
-    names = [row.name] if row.group == "teachers" else [one for one in row.inputs if one.startswith(_FEATURES)]
-    for name in (one.removeprefix(_FEATURES) for one in names):
+    names = [row.name] if row.group == "teachers" else [one for one in row.inputs if one.startswith(FEATURES)]
+    for name in (one.removeprefix(FEATURES) for one in names):
         if name in recipe.teachers and (row.group == "teachers" or _online(name, recipe, root)):
             found[f"teachers.{name}.weights"] = recipe.teachers[name].weights
     if "benchmarks" in row.inputs:
@@ -94,7 +94,7 @@ def _local_paths(row: Stage, recipe: Recipe, root: Path | None = None) -> dict[s
 
 
 def _online(teacher: str, recipe: Recipe, root: Path | None) -> bool:
-    index = root / "artifacts" / f"{_FEATURES}{teacher}" / "index.json" if root is not None else None
+    index = root / "artifacts" / f"{FEATURES}{teacher}" / "index.json" if root is not None else None
     if index is not None and index.is_file():
         return bool(json.loads(index.read_text(encoding="utf-8"))["mode"] == "online")
     return recipe.teachers[teacher].features != "stored"
@@ -118,7 +118,7 @@ def request(row: Stage, recipe: Recipe, root: Path) -> Request:
 
 def _weights(row: Stage, recipe: Recipe) -> str | None:
     """`Request.weights`."""
-    name = row.name.removeprefix(_FEATURES)
+    name = row.name.removeprefix(FEATURES)
     if row.group != "teachers" or name not in recipe.teachers:
         return None
     from valr_ops.teachers.weights import TeacherError, weights_sample

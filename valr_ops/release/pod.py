@@ -33,11 +33,12 @@ from filelock import FileLock
 
 from valr_ops import runner
 from valr_ops.exits import EXIT_AT_CHECKPOINT, EXIT_CONFIGURATION, exit_status
+from valr_ops.recipe.cost_artifacts import FEATURES
 from valr_ops.recipe.recipe import read
 from valr_ops.recipe.secrets import redacted
 from valr_ops.release.manifest import DATA_FOLDER
 from valr_ops.stages import RECIPE_FILE, stage
-from valr_ops.store.artifacts import Ledger, StageContext, folder, project_root, published
+from valr_ops.store.artifacts import Ledger, StageContext, folder, project_root, published, value_at
 from valr_ops.store.objects import Cache, MissingError, S3Files, StorageError, TakenError, patiently
 from valr_ops.store.progress import Progress, open_progress, reporting_to_dagster
 from valr_ops.store.remote import Remote
@@ -87,7 +88,7 @@ class Request:
     @property
     def key(self) -> str:
         """Sixteen hexadecimal digits over all that decides the artifact, and the attempt."""
-        fields = {name: _at(self.recipe, name) for name in stage(self.stage).parameters}
+        fields = {name: value_at(self.recipe, name) for name in stage(self.stage).parameters}
         decides = [self.stage, fields, dict(self.inputs), self.code, self.attempt]
         decides += [self.weights] if self.weights else []
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
@@ -283,7 +284,7 @@ def _refuse_other_weights(request: Request) -> None:
         return
     from valr_ops.teachers.weights import weights_sample
 
-    name = request.stage.removeprefix("teacher_features_")
+    name = request.stage.removeprefix(FEATURES)
     if weights_sample(name, read(request.recipe).teachers[name]) != request.weights:
         raise JobError(
             f"{request.stage}: the weights of teachers.{name} that this Pod has are others than the orchestrator's; "
@@ -536,9 +537,3 @@ def _take_over_spool(stored: S3Files, spool: Path) -> None:
 
 def _json(values: Mapping[str, Any]) -> bytes:
     return json.dumps(values, indent=1, sort_keys=True).encode()
-
-
-def _at(values: Any, dotted: str) -> Any:
-    for part in dotted.split("."):
-        values = values.get(part) if isinstance(values, Mapping) else None
-    return values

@@ -279,7 +279,7 @@ class Ledger:
             with suppress(DependencyDoesNotExistError, MissingParamsError):
                 one.save()
             if isinstance(one, ParamsDependency):
-                fields = {key: _at(recipe, key) for key in one.params}
+                fields = {key: value_at(recipe, key) for key in one.params}
                 if one.hash_info.value != fields:
                     one.hash_info = HashInfo(one.hash_name, fields)  # type: ignore[arg-type]  # as DVC itself does
             elif one.def_path in digests:
@@ -405,7 +405,7 @@ class Ledger:
             return [
                 line
                 for key in how
-                for line in _differences(f"recipe field {key}", before.get(key), _at(now, key))
+                for line in _differences(f"recipe field {key}", before.get(key), value_at(now, key))
                 or [f"recipe field {key}"]
             ]
         if path.startswith("artifacts/"):
@@ -535,7 +535,8 @@ def _remove_dead_rwlock(folder: Path) -> None:
 _YamlLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
-def _at(values: Any, key: str) -> Any:
+def value_at(values: Any, key: str) -> Any:
+    """The value below a dotted `key`, None where there is none."""
     for part in key.split("."):
         values = values.get(part) if isinstance(values, Mapping) else None
     return values
